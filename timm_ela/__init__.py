@@ -1,0 +1,34 @@
+"""Efficient Local Attention for timm: models by name, grafted pretrained weights, the Hub round trip.
+
+`ELA: Efficient Local Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2403.01123
+
+This file runs at the end of every `import torch` (see autoload.py), so it imports the standard library only; the public
+names load at first use.
+"""
+from importlib import import_module
+from typing import Any
+
+from .autoload import install
+
+__version__ = '0.1.0'
+
+_PUBLIC = {
+    'EfficientLocalAttention': 'attention',
+    'VARIANTS': 'attention',
+    'graft_state_dict': 'graft',
+    'plot_attention': 'plot',
+}
+__all__ = [*_PUBLIC, '__version__']
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f'{__name__}.{_PUBLIC[name]}'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+install()

@@ -1,0 +1,64 @@
+"""Registers the models as soon as timm is there, without importing it.
+
+PyTorch (2.5 or newer) calls `install` at the end of `import torch`: entry point group `torch.backends` in
+pyproject.toml. Standard library only, and nothing here raises: an error would break `import torch` itself.
+"""
+import importlib.util
+import sys
+import warnings
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+
+_TARGET = 'timm.models'
+_MODEL_MODULES = ('ela_resnet', 'ela_mobilenetv2')
+_installed = False
+
+
+def register_models() -> None:
+    """Imports the modules whose entry points register themselves with timm; a failure is one warning."""
+    for name in _MODEL_MODULES:
+        try:
+            importlib.import_module(f'{__package__}.{name}')
+        except Exception as error:  # whatever a changed timm raises, timm itself must go on
+            version = getattr(sys.modules.get('timm'), '__version__', 'unknown')
+            warnings.warn(
+                f'timm_ela.{name} is not registered with timm {version}: {type(error).__name__}: {error}', stacklevel=2)
+
+
+class _RegisterAfterTimm(MetaPathFinder):
+    """Finds `timm.models` as the other finders do and registers our models right after it has run."""
+
+    _searching = False
+
+    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
+        if name != _TARGET or self._searching:
+            return None
+        self._searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._searching = False
+        if spec is None or spec.loader is None:
+            return spec
+        exec_module = spec.loader.exec_module
+
+        def exec_and_register(module) -> None:
+            exec_module(module)
+            if self in sys.meta_path:  # kept until timm.models has loaded: its import may fail and be tried again
+                sys.meta_path.remove(self)
+            register_models()
+
+        spec.loader.exec_module = exec_and_register
+        return spec
+
+
+def install() -> None:
+    """Registers the models now if `timm.models` is loaded, otherwise right after it loads. Idempotent, never raises."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    if _TARGET in sys.modules:
+        register_models()
+    else:
+        sys.meta_path.insert(0, _RegisterAfterTimm())
