@@ -1,16 +1,15 @@
 """A small Hugging Face Hub on 127.0.0.1, so that the tests push and pull with the real, unmodified clients.
 
 It answers what huggingface_hub (1.33 and 2.4) asks in a push and a pull of a model: create, preupload, LFS, commit,
-resolve, model info and tree, with tokens, private repositories and the Hub's own error headers. Repositories lie on
-disk as in git: `<owner>/<name>/repo.json` holds the list of commits, a folder per commit the files, and a large file is
-there as its LFS pointer. It shows that the client side works; the real Hub's quotas and metadata rules it does not show.
+resolve, model info and tree, with tokens, private repositories and the Hub's own error headers; large files go by LFS,
+or by Xet. It shows that the client side works; the real Hub's quotas and metadata rules it does not show.
 """
 
 import base64
 import hashlib
 import json
-import os
 import re
+import struct
 import threading
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,6 @@ from urllib.parse import unquote
 OWNER, READER, OTHER = 'hf_owner', 'hf_reader', 'hf_other'  # the tokens
 USERS = {OWNER: ('owner', True), READER: ('owner', False), OTHER: ('other', True)}  # token -> (namespace, may write)
 LARGE = ('.safetensors', '.bin', '.pt', '.pth', '.ckpt')  # what the Hub's default .gitattributes sends to LFS
-POINTER = 'version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {size}\n'
 ROUTES = []
 
 
@@ -29,45 +27,41 @@ class Refusal(Exception):
     """An HTTP error; `code` is what huggingface_hub makes its own exceptions of (X-Error-Code)."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **body):
-        self.status, self.message, self.code, self.body = status, message, code, body
-
-
-@dataclass
-class Fault:
-    """What goes wrong where `route`, a regular expression, is found in 'METHOD /path': see Hub.fail."""
-    route: str
-    how: int | str
-    times: float
+        self.status, self.body = status, {'error': message, **body}
+        self.headers = {'X-Error-Message': message} | ({'X-Error-Code': code} if code else {})
 
 
 @dataclass
 class File:
-    """A file of a commit: the bytes on disk, and their name and size for the client."""
-    path: Path
-    etag: str
+    path: Path  # nothing is there if the Xet store has the bytes
+    etag: str  # of a large file its sha256, else the name that git gives it
     size: int
-    large: bool
+
+
+@dataclass
+class Repo:
+    private: bool
+    commits: list[tuple[str, str, dict[str, File]]]  # sha, title, files; the last one is `main`
 
 
 class Hub:
-    """The server and its repositories; a context manager.
+    """The server and its repositories; a context manager, and entered again it is back at the same address.
 
     Args:
-        root: Folder for the repositories and the large files.
+        root: Folder for the contents of files.
         xet: Take large files by Xet, into a store under root that client and server share (`local://`).
     """
 
     def __init__(self, root: Path, xet: bool = False):
-        self.root, self.xet = Path(root), xet
-        self.faults: list[Fault] = []
+        self.root, self.xet, self.port = Path(root), xet, 0
+        self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []  # 'METHOD /path', in order
-        self.lock, self.port = threading.Lock(), 0
-        (self.root / 'lfs').mkdir(parents=True, exist_ok=True)
-        (self.root / 'xet').mkdir(exist_ok=True)
+        self.faults: list[dict] = []
+        (self.root / 'xet').mkdir(parents=True)
 
     def __enter__(self) -> 'Hub':
         self.server = ThreadingHTTPServer(('127.0.0.1', self.port), partial(Request, self))
-        self.port = self.server.server_port  # entered again, it comes back where it was
+        self.port = self.server.server_port
         self.url = f'http://127.0.0.1:{self.port}'
         threading.Thread(target=partial(self.server.serve_forever, poll_interval=0.02), daemon=True).start()
         return self
@@ -77,101 +71,80 @@ class Hub:
         self.server.server_close()  # from here on connections are refused
 
     def fail(self, route: str, how: int | str, times: float = float('inf')):
-        """Makes matching requests go wrong, `times` times; `faults.clear()` makes all well again.
+        """Makes requests go wrong, `times` times; `faults.clear()` makes all well again.
 
         Args:
             route: A regular expression, searched in 'METHOD /path'.
             how: A status to answer with; 'cut' breaks the connection halfway through the request's body, or through the
-                answer's; 'short' answers with half the body and an honest length; 'lost' does what was asked, then
+                answer's; 'short' answers with half the body and its honest length; 'lost' does what was asked, then
                 breaks the connection in place of an answer.
-            times: How often.
         """
-        self.faults.append(Fault(route, how, times))
+        self.faults.append({'route': route, 'how': how, 'times': times})
 
-    def add_repo(self, repo: str, files: dict[str, Path | bytes], private: bool = False):
-        """Puts a repository on disk as if it had been pushed."""
-        content = {name: data if isinstance(data, bytes) else Path(data).read_bytes() for name, data in files.items()}
-        self.create(repo, private)
-        self.commit(repo, 'Add model', {name: self.store(data) if name.endswith(LARGE) else data
-                                        for name, data in content.items()})
+    def fault(self, request: str) -> int | str | None:
+        for fault in self.faults:
+            if fault['times'] > 0 and re.search(fault['route'], request):
+                fault['times'] -= 1
+                return fault['how']
+        return None
 
-    def files(self, repo: str, revision: str = 'main') -> dict[str, File]:
-        """The files of one commit, by name."""
-        snapshot = self.root / repo / self.resolve(repo, revision)
-        return {path.relative_to(snapshot).as_posix(): self.file(path)
-                for path in sorted(snapshot.rglob('*')) if path.is_file()}
+    def add_repo(self, name: str, files: dict[str, Path | bytes], private: bool = False):
+        """Puts a repository there as if it had been pushed."""
+        self.repos[name] = Repo(private, [])
+        self.commit(name, 'initial commit', {'.gitattributes': self.store(b'*.safetensors filter=lfs\n', False)})
+        if files:
+            self.commit(name, 'Add model', {
+                path: self.store(data if isinstance(data, bytes) else Path(data).read_bytes(), path.endswith(LARGE))
+                for path, data in files.items()})
 
-    def commits(self, repo: str) -> list[str]:
+    def files(self, name: str) -> dict[str, bytes]:
+        """What `main` holds."""
+        return {path: file.path.read_bytes() for path, file in self.find(name, 'main')[1].items()}
+
+    def pushes(self, name: str) -> list[str]:
         """Titles of the commits, oldest first, without the one in which the Hub creates a repository."""
-        return [title for _, title in self.info(repo)['commits'][1:]] if self.exists(repo) else []
+        return [title for _, title, _ in self.repos[name].commits[1:]] if name in self.repos else []
 
-    def exists(self, repo: str) -> bool:
-        return (self.root / repo / 'repo.json').exists()
+    def find(self, name: str, revision: str) -> tuple[str, dict[str, File]]:
+        for sha, _, files in reversed(self.repos[name].commits):
+            if revision in ('main', sha):
+                return sha, files
+        raise Refusal(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
 
-    def info(self, repo: str) -> dict:
-        return json.loads((self.root / repo / 'repo.json').read_text())
+    def store(self, data: bytes, large: bool) -> File:
+        sha256 = hashlib.sha256(data).hexdigest()
+        (self.root / sha256).write_bytes(data)
+        etag = sha256 if large else hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
+        return File(self.root / sha256, etag, len(data))
 
-    def resolve(self, repo: str, revision: str) -> str:
-        shas = [sha for sha, _ in self.info(repo)['commits']]
-        if revision != 'main' and revision not in shas:
-            raise Refusal(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
-        return shas[-1] if revision == 'main' else revision
+    def commit(self, name: str, title: str, changes: dict[str, File | None]) -> str:
+        commits = self.repos[name].commits
+        tree = (commits[-1][2] if commits else {}) | changes
+        tree = {path: file for path, file in sorted(tree.items()) if file}  # None: deleted
+        sha = hashlib.sha1(repr((len(commits), title, tree)).encode()).hexdigest()
+        commits.append((sha, title, tree))  # all of it or nothing
+        return sha
 
-    def create(self, repo: str, private: bool):
-        (self.root / repo).mkdir(parents=True)
-        (self.root / repo / 'repo.json').write_text(json.dumps({'private': private, 'commits': []}))
-        self.commit(repo, 'initial commit', {'.gitattributes': b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n'})
+    def xet_hash(self, sha256: str) -> str | None:
+        """The Xet store's name for a file, read in the shards that the client left there (xet-core, mdb_shard).
 
-    def store(self, data: bytes) -> bytes:
-        """Keeps a large file; returns its pointer."""
-        oid = hashlib.sha256(data).hexdigest()
-        (self.root / 'lfs' / oid).write_bytes(data)
-        return POINTER.format(oid=oid, size=len(data)).encode()
-
-    def commit(self, repo: str, title: str, changes: dict[str, bytes | None]) -> str:
-        """Adds a commit, all of it or nothing: it is there once repo.json names it."""
-        with self.lock:
-            info, folder = self.info(repo), self.root / repo
-            parent = info['commits'][-1][0] if info['commits'] else ''
-            tree = {path.relative_to(folder / parent).as_posix(): path.read_bytes()
-                    for path in (folder / parent).rglob('*') if parent and path.is_file()} | changes
-            sha = hashlib.sha1(repr((parent, title, sorted(tree.items(), key=str))).encode()).hexdigest()
-            for name, data in tree.items():
-                if data is not None:  # None: deleted
-                    (folder / sha / name).parent.mkdir(parents=True, exist_ok=True)
-                    (folder / sha / name).write_bytes(data)
-            info['commits'].append((sha, title))
-            (folder / 'new.json').write_text(json.dumps(info))
-            os.replace(folder / 'new.json', folder / 'repo.json')
-            return sha
-
-    def file(self, path: Path) -> File:
-        data = path.read_bytes()
-        if pointer := re.fullmatch(POINTER.format(oid='(.*)', size='(.*)'), data.decode(errors='replace')):
-            return File(self.root / 'lfs' / pointer[1], pointer[1], int(pointer[2]), True)
-        return File(path, hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest(), len(data), False)  # as git has it
-
-    def xet_hash(self, oid: str) -> str | None:
-        """The name under which the Xet store holds the file with this sha256, read in the shards (xet-core, mdb_shard).
-
-        After a 48-byte header come 48-byte records. Each file is a head (hash, flags, number of segments), its segments,
-        as many verification records if flag 31 is set, and a record with its sha256 if flag 30 is; ff..ff ends the list.
+        It is made of records of six 64-bit words, the first of them a header. Each file is a head (hash, flags, number
+        of segments), its segments, as many verification records if flag 31 is set, and its sha256 if flag 30 is.
         """
-        words = range(0, 32, 8)  # a hash is four little-endian words, printed one by one
         for shard in (self.root / 'xet').rglob('*.mdb'):
-            data, at = shard.read_bytes(), 48
-            while data[at:at + 32] != b'\xff' * 32:
-                flags, segments = (int.from_bytes(data[at + i:at + i + 4], 'little') for i in (32, 36))
-                end = at + 48 * (1 + segments * (1 + (flags >> 31 & 1)))
-                name, sha = (b''.join(data[start + i:start + i + 8][::-1] for i in words).hex() for start in (at, end))
-                if flags >> 30 & 1 and sha == oid:
+            words, at = struct.unpack(f'<{shard.stat().st_size // 8}Q', shard.read_bytes()), 6
+            while words[at] != 2 ** 64 - 1:
+                flags, segments = words[at + 4] & 0xffffffff, words[at + 4] >> 32
+                end = at + 6 * (1 + segments * (1 + (flags >> 31)))
+                name, sha = (''.join(f'{word:016x}' for word in words[start:start + 4]) for start in (at, end))
+                if flags >> 30 & 1 and sha == sha256:
                     return name
-                at = end + 48 * (flags >> 30 & 1)
+                at = end + 6 * (flags >> 30 & 1)
         return None
 
 
 def route(methods: str, pattern: str):
-    """Registers what answers requests to a path; named groups are arguments."""
+    """Registers what answers requests to a path; named groups are its arguments."""
     pattern = pattern.replace('{repo}', r'(?P<repo>[\w.-]+/[\w.-]+)').replace('{revision}', r'(?P<revision>[^/]+)')
     return lambda function: ROUTES.append((methods.split(), re.compile(pattern), function)) or function
 
@@ -187,37 +160,28 @@ class Request(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        path = unquote(self.path.partition('?')[0])
+        path, length = unquote(self.path.partition('?')[0]), int(self.headers.get('Content-Length', 0))
         self.hub.requests.append(f'{self.command} {path}')
-        faults = [f for f in self.hub.faults if f.times > 0 and re.search(f.route, self.hub.requests[-1])]
-        self.fault = faults[0].how if faults else None
-        if faults:
-            faults[0].times -= 1
-        length = int(self.headers.get('Content-Length', 0))
+        self.fault = self.hub.fault(self.hub.requests[-1])
         if length and self.fault == 'cut':
             self.rfile.read(length // 2)
             self.close_connection = True
             return
         self.body = self.rfile.read(length)
-        self.user, self.may_write = None, False
         try:
             if isinstance(self.fault, int):
                 raise Refusal(self.fault, 'Out of order.')
-            if token := self.headers.get('Authorization', '').removeprefix('Bearer '):
-                if token not in USERS:
-                    raise Refusal(401, 'Invalid credentials in Authorization header')
-                self.user, self.may_write = USERS[token]
+            token = self.headers.get('Authorization', '').removeprefix('Bearer ')
+            if token and token not in USERS:
+                raise Refusal(401, 'Invalid credentials in Authorization header')
+            self.user, self.may_write = USERS.get(token, (None, False))
             for methods, pattern, function in ROUTES:
                 if self.command in methods and (match := pattern.fullmatch(path)):
-                    if 'repo' in match.groupdict():
-                        self.check_readable(match['repo'])
-                    function(self, **match.groupdict())
-                    break
-            else:
-                raise Refusal(404, f'No such route: {path}')
+                    self.check_readable(match.groupdict().get('repo'))
+                    return function(self, **match.groupdict())
+            raise Refusal(404, f'No such route: {path}')
         except Refusal as refusal:
-            headers = {'X-Error-Message': refusal.message} | ({'X-Error-Code': refusal.code} if refusal.code else {})
-            self.answer({'error': refusal.message, **refusal.body}, headers, refusal.status)
+            self.answer(refusal.body, refusal.headers, refusal.status)
 
     do_HEAD = do_POST = do_PUT = do_GET
 
@@ -234,16 +198,17 @@ class Request(BaseHTTPRequestHandler):
         if self.command != 'HEAD':
             self.wfile.write(data[:len(data) // 2] if self.fault == 'cut' else data)
 
-    def check_readable(self, repo: str):
-        if not self.hub.exists(repo) or self.hub.info(repo)['private'] and self.user != repo.split('/')[0]:
-            # 401 becomes RepositoryNotFoundError by itself only under https, so here too the code says it
+    def check_readable(self, repo: str | None):
+        owner = repo and repo.split('/')[0]
+        if repo and (repo not in self.hub.repos or self.hub.repos[repo].private and self.user != owner):
+            # the client makes RepositoryNotFoundError of a 401 by itself only under https, so the code is needed here
             raise Refusal(404 if self.user else 401, 'Repository not found', 'RepoNotFound')
 
-    def check_writable(self, owner: str):
+    def check_writable(self, owner: str | None):
         if self.user is None:
             raise Refusal(401, 'Invalid username or password.')
         if self.user != owner or not self.may_write:
-            raise Refusal(403, f'You do not have the right to write to the namespace "{owner}"')
+            raise Refusal(403, f'You do not have the rights to write to the namespace "{owner}"')
 
     @route('GET', '/api/whoami-v2')
     def whoami(self):
@@ -254,9 +219,7 @@ class Request(BaseHTTPRequestHandler):
 
     @route('POST', '/api/validate-yaml')
     def validate_yaml(self):
-        has_metadata = json.loads(self.body)['content'].startswith('---\n')
-        warnings = [] if has_metadata else [{'message': 'empty or missing yaml metadata in repo card'}]
-        self.answer({'errors': [], 'warnings': warnings})
+        self.answer({'errors': [], 'warnings': []})
 
     @route('POST', '/api/repos/create')
     def create(self):
@@ -264,26 +227,26 @@ class Request(BaseHTTPRequestHandler):
         owner = wanted.get('organization') or self.user
         self.check_writable(owner)
         repo = f'{owner}/{wanted["name"]}'
-        if self.hub.exists(repo):
+        if repo in self.hub.repos:
             raise Refusal(409, 'You already created this model repo', url=f'{self.hub.url}/{repo}')
-        self.hub.create(repo, wanted.get('private') or wanted.get('visibility') == 'private')
+        self.hub.add_repo(repo, {}, private=wanted.get('private') or wanted.get('visibility') == 'private')
         self.answer({'url': f'{self.hub.url}/{repo}'})
 
     @route('POST', '/api/models/{repo}/preupload/{revision}')
     def preupload(self, repo: str, revision: str):
         self.check_writable(repo.split('/')[0])
-        there = self.hub.files(repo, revision)
+        _, there = self.hub.find(repo, revision)
         self.answer({'files': [
             {'path': path, 'uploadMode': 'lfs' if path.endswith(LARGE) else 'regular', 'shouldIgnore': False,
              'oid': there[path].etag if path in there else None}
-            for path in (wanted['path'] for wanted in json.loads(self.body)['files'])]})
+            for path in (file['path'] for file in json.loads(self.body)['files'])]})
 
     @route('POST', '/{repo}.git/info/lfs/objects/batch')
     def lfs_batch(self, repo: str):
         self.check_writable(repo.split('/')[0])
         objects = json.loads(self.body)['objects']
         for item in objects:
-            if not (self.hub.root / 'lfs' / item['oid']).exists():
+            if not (self.hub.root / item['oid']).exists():
                 item['actions'] = {'upload': {'href': f'{self.hub.url}/lfs/{item["oid"]}'}}
         self.answer({'transfer': 'basic', 'objects': objects})
 
@@ -291,7 +254,7 @@ class Request(BaseHTTPRequestHandler):
     def lfs_put(self, oid: str):  # like a signed URL of the real one, it asks for no token
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise Refusal(400, 'The content does not match its sha256')
-        self.hub.store(self.body)
+        self.hub.store(self.body, large=True)
         self.answer()
 
     @route('POST', '/api/models/{repo}/commit/{revision}')
@@ -302,11 +265,11 @@ class Request(BaseHTTPRequestHandler):
             if key == 'header':
                 title = value['summary']
             elif key == 'file':
-                changes[value['path']] = base64.b64decode(value['content'])
+                changes[value['path']] = self.hub.store(base64.b64decode(value['content']), large=False)
             elif key == 'lfsFile':
-                if not (self.hub.root / 'lfs' / value['oid']).exists() and not self.hub.xet_hash(value['oid']):
+                changes[value['path']] = file = File(self.hub.root / value['oid'], value['oid'], value['size'])
+                if not file.path.exists() and not self.hub.xet_hash(file.etag):
                     raise Refusal(400, f'{value["path"]} was never uploaded')
-                changes[value['path']] = POINTER.format(**value).encode()
             elif key == 'deletedFile':
                 changes[value['path']] = None
         sha = self.hub.commit(repo, title, changes)
@@ -314,34 +277,34 @@ class Request(BaseHTTPRequestHandler):
 
     @route('HEAD GET', '/{repo}/resolve/{revision}/(?P<path>.+)')
     def download(self, repo: str, revision: str, path: str):
-        sha = self.hub.resolve(repo, revision)
-        file = self.hub.files(repo, sha).get(path)
+        sha, files = self.hub.find(repo, revision)
         headers = {'X-Repo-Commit': sha, 'Accept-Ranges': 'bytes'}
-        if file is None:
-            return self.answer({'error': 'Entry not found'}, {**headers, 'X-Error-Code': 'EntryNotFound'}, 404)
-        headers['ETag'] = f'"{file.etag}"'
-        if not file.path.exists():  # it lies in the Xet store, where the client fetches it itself
+        if path not in files:
+            return self.answer({'error': 'Entry not found'}, headers | {'X-Error-Code': 'EntryNotFound'}, 404)
+        file, data = files[path], b''
+        headers |= {'ETag': f'"{file.etag}"', 'X-Linked-Size': str(file.size)}
+        if file.path.exists():
+            data = file.path.read_bytes()
+        else:  # the client fetches it from the Xet store itself
             refresh = f'{self.hub.url}/api/models/{repo}/xet-read-token/{sha}'
-            headers |= {'X-Linked-Size': str(file.size), 'X-Xet-Hash': self.hub.xet_hash(file.etag),
-                        'X-Xet-Refresh-Route': refresh}
-            return self.answer(b'', headers)
-        data = file.path.read_bytes()
-        start = int((re.match(r'bytes=(\d+)-', self.headers.get('Range', '')) or ['', 0])[1])
-        if start:
+            headers |= {'X-Xet-Hash': self.hub.xet_hash(file.etag), 'X-Xet-Refresh-Route': refresh}
+        if resume := re.match(r'bytes=(\d+)-', self.headers.get('Range', '')):
+            start = int(resume[1])
             headers['Content-Range'] = f'bytes {start}-{len(data) - 1}/{len(data)}'
-        self.answer(data[start:], headers, 206 if start else 200)
+            return self.answer(data[start:], headers, 206)
+        self.answer(data, headers)
 
     @route('GET', '/api/models/{repo}(/revision/{revision})?')
     def model_info(self, repo: str, revision: str | None):
-        sha = self.hub.resolve(repo, revision or 'main')
-        self.answer({'id': repo, 'modelId': repo, 'sha': sha, 'private': self.hub.info(repo)['private'], 'tags': [],
-                     'siblings': [{'rfilename': name} for name in self.hub.files(repo, sha)]})
+        sha, files = self.hub.find(repo, revision or 'main')
+        self.answer({'id': repo, 'sha': sha, 'private': self.hub.repos[repo].private, 'tags': [],
+                     'siblings': [{'rfilename': path} for path in files]})
 
     @route('GET', '/api/models/{repo}/tree/{revision}')
     def tree(self, repo: str, revision: str):
-        self.answer([{'type': 'file', 'path': name, 'size': file.size, 'oid': file.etag}
-                     | ({'lfs': {'oid': file.etag, 'size': file.size, 'pointerSize': 134}} if file.large else {})
-                     for name, file in self.hub.files(repo, revision).items()])
+        self.answer([{'type': 'file', 'path': path, 'size': file.size, 'oid': file.etag}
+                     | ({'lfs': {'oid': file.etag, 'size': file.size}} if path.endswith(LARGE) else {})
+                     for path, file in self.hub.find(repo, revision)[1].items()])
 
     @route('GET', '/api/models/{repo}/xet-(?P<access>read|write)-token/{revision}')
     def xet_token(self, repo: str, access: str, revision: str):
@@ -349,6 +312,6 @@ class Request(BaseHTTPRequestHandler):
             self.check_writable(repo.split('/')[0])
         if not self.hub.xet:
             raise Refusal(404, 'This Hub has no Xet store')
-        token = {'accessToken': 'xet', 'exp': 2 ** 32, 'casUrl': f'local://{self.hub.root / "xet"}'}
-        self.answer(token, {'X-Xet-Cas-Url': token['casUrl'], 'X-Xet-Access-Token': token['accessToken'],
-                            'X-Xet-Token-Expiration': str(token['exp'])})
+        store, expires = f'local://{self.hub.root / "xet"}', 2 ** 32
+        self.answer({'casUrl': store, 'accessToken': 'xet', 'exp': expires}, {
+            'X-Xet-Cas-Url': store, 'X-Xet-Access-Token': 'xet', 'X-Xet-Token-Expiration': str(expires)})

@@ -92,7 +92,9 @@ class EfficientLocalAttention(nn.Module):
             bias=False,
             **dd,
         )
-        self.gn = nn.GroupNorm(gcd(size['num_groups'], channels), channels, eps=eps, **dd)
+        self.num_groups = gcd(size['num_groups'], channels)
+        self.eps = eps
+        self.gn = nn.GroupNorm(self.num_groups, channels, eps=eps, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Gates x.
@@ -108,11 +110,11 @@ class EfficientLocalAttention(nn.Module):
         """
         conv, gn = self.conv, self.gn
         if torch.jit.is_scripting():
-            return ela_reference(x, conv.weight, gn.weight, gn.bias, conv.groups, gn.num_groups, gn.eps)
-        return ela(x, conv.weight, gn.weight, gn.bias, conv.groups, gn.num_groups, gn.eps)
+            return ela_reference(x, conv.weight, gn.weight, gn.bias, self.num_groups, self.eps)
+        return ela(x, conv.weight, gn.weight, gn.bias, self.num_groups, self.eps)
 
     @torch.jit.ignore
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The two gates of x, to look at: a_h (N, C, H) and a_w (N, C, W), values in (0, 1)."""
         conv, gn = self.conv, self.gn
-        return ela_gates(x, conv.weight, gn.weight, gn.bias, conv.groups, gn.num_groups, gn.eps)
+        return ela_gates(x, conv.weight, gn.weight, gn.bias, self.num_groups, self.eps)

@@ -12,12 +12,12 @@ def strip_gate(
         conv_weight: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
-        conv_groups: int,
         norm_groups: int,
         eps: float,
 ) -> Tensor:
     """Turns one pooled strip (N, C, L) into its gate (N, C, L): sigmoid(GroupNorm(Conv1d(z)))."""
-    z = F.conv1d(z, conv_weight, None, stride=1, padding=conv_weight.shape[2] // 2, groups=conv_groups)
+    channels, group_size, kernel_size = conv_weight.shape
+    z = F.conv1d(z, conv_weight, None, padding=kernel_size // 2, groups=channels // group_size)
     return F.group_norm(z, norm_groups, norm_weight, norm_bias, eps).sigmoid()
 
 
@@ -26,7 +26,6 @@ def ela_reference(
         conv_weight: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
-        conv_groups: int,
         norm_groups: int,
         eps: float = 1e-5,
 ) -> Tensor:
@@ -34,18 +33,17 @@ def ela_reference(
 
     Args:
         x: Feature map (N, C, H, W).
-        conv_weight: Weight (C, C / conv_groups, K) of the one convolution that serves both strips, K odd.
+        conv_weight: Weight (C, C / groups, K) of the one convolution that serves both strips, K odd.
         norm_weight: GroupNorm's scale (C,).
         norm_bias: GroupNorm's shift (C,).
-        conv_groups: Groups of the convolution.
         norm_groups: Groups of the GroupNorm.
         eps: GroupNorm's epsilon.
 
     Returns:
         x * a_h * a_w, (N, C, H, W) in x's dtype.
     """
-    a_h = strip_gate(x.mean(3), conv_weight, norm_weight, norm_bias, conv_groups, norm_groups, eps)  # (N, C, H)
-    a_w = strip_gate(x.mean(2), conv_weight, norm_weight, norm_bias, conv_groups, norm_groups, eps)  # (N, C, W)
+    a_h = strip_gate(x.mean(3), conv_weight, norm_weight, norm_bias, norm_groups, eps)  # (N, C, H)
+    a_w = strip_gate(x.mean(2), conv_weight, norm_weight, norm_bias, norm_groups, eps)  # (N, C, W)
     # Under CUDA autocast GroupNorm returns float32, which would promote the whole activation.
     return x * a_h.to(x.dtype).unsqueeze(3) * a_w.to(x.dtype).unsqueeze(2)
 
@@ -63,7 +61,6 @@ def ela_gates(
         conv_weight: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
-        conv_groups: int,
         norm_groups: int,
         eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
@@ -76,7 +73,7 @@ def ela_gates(
         raise ValueError(
             f'ELA expects an input of shape (N, {norm_weight.shape[0]}, H, W), got {tuple(x.shape)}.')
     z_h, z_w = pool_strips(x)
-    args = (conv_weight, norm_weight, norm_bias, conv_groups, norm_groups, eps)
+    args = (conv_weight, norm_weight, norm_bias, norm_groups, eps)
     return strip_gate(z_h, *args).to(x.dtype), strip_gate(z_w, *args).to(x.dtype)
 
 
@@ -85,12 +82,11 @@ def ela(
         conv_weight: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
-        conv_groups: int,
         norm_groups: int,
         eps: float = 1e-5,
 ) -> Tensor:
     """The same as `ela_reference`, at less cost in eager mode; arguments, result and errors as in `ela_gates`."""
-    args = (conv_weight, norm_weight, norm_bias, conv_groups, norm_groups, eps)
+    args = (conv_weight, norm_weight, norm_bias, norm_groups, eps)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return ela_reference(x, *args)  # a compiler fuses it by itself, and an export needs nothing of ours to run
     a_h, a_w = ela_gates(x, *args)
