@@ -45,15 +45,16 @@ class Repo:
 
 
 class Hub:
-    """The server and its repositories; a context manager, and entered again it is back at the same address.
+    """The server and its repositories; a context manager.
 
     Args:
         root: Folder for the contents of files.
+        port: Where to listen; 0 takes a free one.
         xet: Take large files by Xet, into a store under root that client and server share (`local://`).
     """
 
-    def __init__(self, root: Path, xet: bool = False):
-        self.root, self.xet, self.port = Path(root), xet, 0
+    def __init__(self, root: Path, port: int = 0, xet: bool = False):
+        self.root, self.port, self.xet = Path(root), port, xet
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []  # 'METHOD /path', in order
         self.faults: list[dict] = []
@@ -61,12 +62,14 @@ class Hub:
 
     def __enter__(self) -> 'Hub':
         self.server = ThreadingHTTPServer(('127.0.0.1', self.port), partial(Request, self))
-        self.port = self.server.server_port
-        self.url = f'http://127.0.0.1:{self.port}'
+        self.url = f'http://127.0.0.1:{self.server.server_port}'
         threading.Thread(target=partial(self.server.serve_forever, poll_interval=0.02), daemon=True).start()
         return self
 
     def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
         self.server.shutdown()
         self.server.server_close()  # from here on connections are refused
 
@@ -150,7 +153,7 @@ def route(methods: str, pattern: str):
 
 
 class Request(BaseHTTPRequestHandler):
-    protocol_version = 'HTTP/1.1'
+    """One request; a connection serves no second one, so none outlives the server."""
 
     def __init__(self, hub: Hub, *args):
         self.hub = hub
@@ -165,7 +168,6 @@ class Request(BaseHTTPRequestHandler):
         self.fault = self.hub.fault(self.hub.requests[-1])
         if length and self.fault == 'cut':
             self.rfile.read(length // 2)
-            self.close_connection = True
             return
         self.body = self.rfile.read(length)
         try:
@@ -177,7 +179,8 @@ class Request(BaseHTTPRequestHandler):
             self.user, self.may_write = USERS.get(token, (None, False))
             for methods, pattern, function in ROUTES:
                 if self.command in methods and (match := pattern.fullmatch(path)):
-                    self.check_readable(match.groupdict().get('repo'))
+                    if 'repo' in match.groupdict():
+                        self.check_readable(match['repo'])
                     return function(self, **match.groupdict())
             raise Refusal(404, f'No such route: {path}')
         except Refusal as refusal:
@@ -188,7 +191,6 @@ class Request(BaseHTTPRequestHandler):
     def answer(self, body: bytes | dict | list = b'', headers: dict[str, str] | None = None, status: int = 200):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         data = data[:len(data) // 2] if self.fault == 'short' and self.command == 'GET' else data
-        self.close_connection |= self.fault in ('cut', 'lost')
         if self.fault == 'lost':
             return
         self.send_response(status)
@@ -198,17 +200,16 @@ class Request(BaseHTTPRequestHandler):
         if self.command != 'HEAD':
             self.wfile.write(data[:len(data) // 2] if self.fault == 'cut' else data)
 
-    def check_readable(self, repo: str | None):
-        owner = repo and repo.split('/')[0]
-        if repo and (repo not in self.hub.repos or self.hub.repos[repo].private and self.user != owner):
+    def check_readable(self, repo: str):
+        if repo not in self.hub.repos or self.hub.repos[repo].private and self.user != repo.split('/')[0]:
             # the client makes RepositoryNotFoundError of a 401 by itself only under https, so the code is needed here
             raise Refusal(404 if self.user else 401, 'Repository not found', 'RepoNotFound')
 
-    def check_writable(self, owner: str | None):
+    def check_writable(self, repo: str):
         if self.user is None:
             raise Refusal(401, 'Invalid username or password.')
-        if self.user != owner or not self.may_write:
-            raise Refusal(403, f'You do not have the rights to write to the namespace "{owner}"')
+        if self.user != repo.split('/')[0] or not self.may_write:
+            raise Refusal(403, f'You do not have the rights to write to {repo}')
 
     @route('GET', '/api/whoami-v2')
     def whoami(self):
@@ -224,9 +225,8 @@ class Request(BaseHTTPRequestHandler):
     @route('POST', '/api/repos/create')
     def create(self):
         wanted = json.loads(self.body)
-        owner = wanted.get('organization') or self.user
-        self.check_writable(owner)
-        repo = f'{owner}/{wanted["name"]}'
+        repo = f'{wanted.get("organization") or self.user}/{wanted["name"]}'
+        self.check_writable(repo)
         if repo in self.hub.repos:
             raise Refusal(409, 'You already created this model repo', url=f'{self.hub.url}/{repo}')
         self.hub.add_repo(repo, {}, private=wanted.get('private') or wanted.get('visibility') == 'private')
@@ -234,7 +234,7 @@ class Request(BaseHTTPRequestHandler):
 
     @route('POST', '/api/models/{repo}/preupload/{revision}')
     def preupload(self, repo: str, revision: str):
-        self.check_writable(repo.split('/')[0])
+        self.check_writable(repo)
         _, there = self.hub.find(repo, revision)
         self.answer({'files': [
             {'path': path, 'uploadMode': 'lfs' if path.endswith(LARGE) else 'regular', 'shouldIgnore': False,
@@ -243,7 +243,7 @@ class Request(BaseHTTPRequestHandler):
 
     @route('POST', '/{repo}.git/info/lfs/objects/batch')
     def lfs_batch(self, repo: str):
-        self.check_writable(repo.split('/')[0])
+        self.check_writable(repo)
         objects = json.loads(self.body)['objects']
         for item in objects:
             if not (self.hub.root / item['oid']).exists():
@@ -259,7 +259,7 @@ class Request(BaseHTTPRequestHandler):
 
     @route('POST', '/api/models/{repo}/commit/{revision}')
     def commit(self, repo: str, revision: str):
-        self.check_writable(repo.split('/')[0])
+        self.check_writable(repo)
         title, changes = '', {}
         for key, value in ((line['key'], line['value']) for line in map(json.loads, self.body.splitlines())):
             if key == 'header':
@@ -288,11 +288,10 @@ class Request(BaseHTTPRequestHandler):
         else:  # the client fetches it from the Xet store itself
             refresh = f'{self.hub.url}/api/models/{repo}/xet-read-token/{sha}'
             headers |= {'X-Xet-Hash': self.hub.xet_hash(file.etag), 'X-Xet-Refresh-Route': refresh}
-        if resume := re.match(r'bytes=(\d+)-', self.headers.get('Range', '')):
-            start = int(resume[1])
+        start = int(self.headers.get('Range', 'bytes=0-').removeprefix('bytes=').partition('-')[0])
+        if start:  # a download that goes on
             headers['Content-Range'] = f'bytes {start}-{len(data) - 1}/{len(data)}'
-            return self.answer(data[start:], headers, 206)
-        self.answer(data, headers)
+        self.answer(data[start:], headers, 206 if start else 200)
 
     @route('GET', '/api/models/{repo}(/revision/{revision})?')
     def model_info(self, repo: str, revision: str | None):
@@ -302,14 +301,17 @@ class Request(BaseHTTPRequestHandler):
 
     @route('GET', '/api/models/{repo}/tree/{revision}')
     def tree(self, repo: str, revision: str):
-        self.answer([{'type': 'file', 'path': path, 'size': file.size, 'oid': file.etag}
-                     | ({'lfs': {'oid': file.etag, 'size': file.size}} if path.endswith(LARGE) else {})
-                     for path, file in self.hub.find(repo, revision)[1].items()])
+        entries = [{'type': 'file', 'path': path, 'size': file.size, 'oid': file.etag}
+                   for path, file in self.hub.find(repo, revision)[1].items()]
+        for entry in entries:
+            if entry['path'].endswith(LARGE):
+                entry['lfs'] = {'oid': entry['oid'], 'size': entry['size'], 'pointerSize': 134}
+        self.answer(entries)
 
     @route('GET', '/api/models/{repo}/xet-(?P<access>read|write)-token/{revision}')
     def xet_token(self, repo: str, access: str, revision: str):
         if access == 'write':
-            self.check_writable(repo.split('/')[0])
+            self.check_writable(repo)
         if not self.hub.xet:
             raise Refusal(404, 'This Hub has no Xet store')
         store, expires = f'local://{self.hub.root / "xet"}', 2 ** 32

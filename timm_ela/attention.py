@@ -35,8 +35,8 @@ class EfficientLocalAttention(nn.Module):
     number of GroupNorm groups does not divide C (MobileNetV2 has C = 144, ELA-T 32 groups), the module uses
     `gcd(num_groups, C)` groups; where it divides, that changes nothing.
 
-    Not timm's `attn_layer='ela'` (EfficientLocalAttn), which has a convolution and a one-group GroupNorm for each strip,
-    a SiLU before the sigmoid, and none of the four sizes.
+    Not timm's `attn_layer='ela'` (EfficientLocalAttn), which has a convolution and a one-group GroupNorm for each
+    strip, a SiLU before the sigmoid, and none of the four sizes.
 
     Source: `ELA: Efficient Local Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2403.01123
     """

@@ -6,7 +6,7 @@ pyproject.toml. Standard library only, and nothing here raises: an error would b
 import importlib.util
 import sys
 import warnings
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
 _TARGET = 'timm.models'
@@ -38,18 +38,27 @@ class _RegisterAfterTimm(MetaPathFinder):
             spec = importlib.util.find_spec(name)
         finally:
             self._searching = False
-        if spec is None or spec.loader is None:
-            return spec
-        exec_module = spec.loader.exec_module
-
-        def exec_and_register(module) -> None:
-            exec_module(module)
-            if self in sys.meta_path:  # kept until timm.models has loaded: its import may fail and be tried again
-                sys.meta_path.remove(self)
-            register_models()
-
-        spec.loader.exec_module = exec_and_register
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LoadAndRegister(spec.loader, self)
         return spec
+
+
+class _LoadAndRegister(Loader):
+    """Stands in for a loader once. It is not patched: a zip archive's loader, for one, serves other modules too."""
+
+    def __init__(self, loader: Loader, finder: _RegisterAfterTimm) -> None:
+        self._loader = loader
+        self._finder = finder
+
+    def create_module(self, spec: ModuleSpec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        if self._finder in sys.meta_path:  # kept until timm.models has loaded: its import may fail and be tried again
+            sys.meta_path.remove(self._finder)
+        register_models()
 
 
 def install() -> None:

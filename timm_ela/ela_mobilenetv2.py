@@ -78,5 +78,6 @@ def _register(name: str) -> None:
     globals()[name] = register_model(entrypoint)
 
 
+BACKBONES = {name: _WIDTHS[prefix][0] for name, (prefix, _) in _MODELS.items()}
 for _name in _MODELS:
     _register(_name)

@@ -4,8 +4,8 @@
 `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 
 The slots are those of the authors' released backbone: in a Bottleneck after the 3x3 convolution's activation, on the
-inner width; in a BasicBlock after bn2, before the residual add. Their backbone also adds a skip around the module, which
-neither the paper's formula nor their MobileNetV2 has; these models follow the formula.
+inner width; in a BasicBlock after bn2, before the residual add. Their backbone also adds a skip around the module,
+which neither the paper's formula nor their MobileNetV2 has; these models follow the formula.
 """
 from functools import partial
 from typing import Any
@@ -92,5 +92,6 @@ def _register(name: str) -> None:
     globals()[name] = register_model(entrypoint)
 
 
+BACKBONES = {name: base for name, (base, _) in _MODELS.items()}
 for _name in _MODELS:
     _register(_name)

@@ -1,0 +1,29 @@
+# Two commands, each complete on a fresh machine with Python >= 3.10 and pip: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint conformance cards
+
+demo: $(INSTALLED)
+	$(BIN)/python tests/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+
+# timm's own test suite over all of our models; `make test` runs a part of it.
+conformance: $(INSTALLED)
+	$(BIN)/python tests/conformance.py -n 2
+
+# Writes weights_cards/ and the README's table of models from timm's registry.
+cards: $(INSTALLED)
+	$(BIN)/python -m timm_ela.cards .
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo]'
+	touch $@

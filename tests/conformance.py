@@ -1,0 +1,108 @@
+"""timm's own model tests over our models: `tests/test_models.py` of the installed timm's source distribution, unmodified.
+
+    python tests/conformance.py [any pytest option, such as -n 2, -k resnet18_ela, --hub]
+
+The distribution comes from the package index, once per version; without an index, put `timm-<version>.tar.gz` into
+`.cache/`. This file is also the pytest plugin that shows timm's tests our models in place of timm's.
+"""
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / '.cache'
+PATTERN = '*_ela_*'
+
+
+class Unavailable(RuntimeError):
+    """The source distribution cannot be had; the message says why."""
+
+
+def fetch_timm_tests() -> Path:
+    """Unpacks the tests of the installed timm under `.cache/`, where they stay.
+
+    Returns:
+        Folder with timm's `tests` and `pyproject.toml`. Its package is left behind: the installed one is tested.
+
+    Raises:
+        Unavailable: If the package index does not give the distribution.
+    """
+    name = f'timm-{version("timm")}'
+    folder, archive = CACHE / name, CACHE / f'{name}.tar.gz'
+    if folder.exists():
+        return folder
+    CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:  # renamed when complete: two runs may fetch at once
+        scratch = Path(scratch)
+        if not archive.exists():
+            requirement = name.replace('-', '==')
+            command = [
+                sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-binary', 'timm', '-d', scratch, requirement]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
+                raise Unavailable(f'pip download of {requirement} (source) failed: {reason}')
+            os.replace(scratch / archive.name, archive)
+        with tarfile.open(archive) as tar:
+            wanted = (f'{name}/tests/', f'{name}/pyproject.toml')
+            tar.extractall(scratch, [m for m in tar.getmembers() if m.name.startswith(wanted)], filter='data')
+        try:
+            os.replace(scratch / name, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    return folder
+
+
+def main(args: list[str]) -> int:
+    tests = fetch_timm_tests()
+    command = [
+        sys.executable, '-m', 'pytest', '-p', 'conformance', '-p', 'no:cacheprovider', '-c', tests / 'pyproject.toml',
+        tests / 'tests' / 'test_models.py', *args]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get('PYTHONPATH')]))
+    return subprocess.run(command, env={**os.environ, 'PYTHONPATH': path}).returncode
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption('--hub', action='store_true', help='also the tests that download pretrained weights')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import timm  # here, so that the installed package wins over whatever the tests put on sys.path
+
+    if not config.pluginmanager.hasplugin('timeout'):
+        config.addinivalue_line('markers', 'timeout: of pytest-timeout, which is not installed')
+    list_models = timm.list_models
+
+    def list_our_models(*args, module='', **kwargs) -> list[str]:
+        """timm's tests name timm's modules, such as 'resnet'; our models of those families lie in modules of ours."""
+        ours = {name.partition('.')[0] for name in list_models(PATTERN)}
+        return [name for name in list_models(*args, **kwargs) if name.partition('.')[0] in ours]
+
+    timm.list_models = list_our_models
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what timm's tests ask of models that they name themselves, and what needs the Hub."""
+    import timm
+
+    ours = set(timm.list_models())
+
+    def is_wanted(item: pytest.Item) -> bool:
+        name = getattr(item, 'callspec', None) and str(item.callspec.params.get('model_name'))
+        hub = 'pretrained' in item.originalname
+        return bool(name) and name.partition('.')[0] in ours and (config.getoption('--hub') or not hub)
+
+    wanted = [item for item in items if is_wanted(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
+    items[:] = wanted
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,294 @@
+"""The hook: who imports what, in which order, and what of it fails. Every claim is made of a fresh interpreter."""
+import inspect
+import json
+import sys
+import sysconfig
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+import timm
+from helpers import AUTOLOAD_OFF, ROOT, run, run_python
+
+COUNT = 'print(len(timm.list_models("*_ela_*")))'
+TIMM_ELA = Path(sysconfig.get_path('scripts')) / 'timm-ela'
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+
+
+def our_warnings(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if 'is not registered with timm' in line]
+
+
+# -- The names are there -----------------------------------------------------------------------------------------------
+
+
+def test_timm_knows_the_names_without_an_import_of_ours():
+    assert run_python(f'import timm; {COUNT}').stdout == '40\n'
+
+
+def test_pytorchs_switch_turns_the_hook_off():
+    done = run_python(f'import sys, timm; {COUNT}; print("timm_ela" in sys.modules)', env=AUTOLOAD_OFF)
+    assert done.stdout == '0\nFalse\n'
+
+
+@pytest.mark.parametrize('imports', [
+    'import timm_ela, timm',
+    'import timm, timm_ela',
+    'import timm_ela.ela_mobilenetv2, timm',
+    'from timm_ela import EfficientLocalAttention; import timm',
+])
+def test_an_import_of_ours_registers_where_the_hook_is_off(imports):
+    done = run_python(f'{imports}; {COUNT}', env=AUTOLOAD_OFF)
+    assert done.stdout == '40\n'
+    assert not done.stderr
+
+
+def test_registering_again_changes_nothing():
+    code = '''
+        import importlib, timm, timm_ela, timm_ela.autoload
+        before = timm.create_model
+        entrypoints = [timm.model_entrypoint(name) for name in timm.list_models('*_ela_*')]
+        timm_ela.autoload.install()
+        timm_ela.autoload.register_models()
+        importlib.reload(timm_ela.autoload).install()
+        importlib.reload(timm_ela)
+        assert entrypoints == [timm.model_entrypoint(name) for name in timm.list_models('*_ela_*')]
+    '''
+    assert not run_python(textwrap.dedent(code)).stderr  # timm would warn: 'Overwriting ... in registry'
+
+
+def test_timm_may_be_imported_by_threads():
+    code = f'''
+        import threading, torch
+        barrier = threading.Barrier(4)
+        def work():
+            barrier.wait()
+            import timm
+            {COUNT}
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+    '''
+    done = run_python(textwrap.dedent(code))
+    assert done.stdout.split() == ['40'] * 4
+    assert not done.stderr
+
+
+def test_a_spawned_process_knows_the_names(tmp_path):
+    """Its only import is timm; nothing of ours is passed on to it, nor of PyTorch's."""
+    (tmp_path / 'child.py').write_text(f'def work():\n    import timm\n    {COUNT}\n')
+    (tmp_path / 'main.py').write_text(textwrap.dedent('''
+        import multiprocessing, sys
+        from child import work
+        if __name__ == '__main__':
+            process = multiprocessing.get_context('spawn').Process(target=work)
+            process.start()
+            process.join()
+            assert process.exitcode == 0 and 'timm' not in sys.modules
+    '''))
+    assert run([sys.executable, tmp_path / 'main.py']).stdout == '40\n'
+
+
+def test_a_pickled_model_needs_no_hook(tmp_path):
+    """As it comes to a spawned process, or out of torch.save(model)."""
+    path = tmp_path / 'model.pickle'
+    run_python('import pickle, sys, timm; pickle.dump(timm.create_model("resnet18_ela_t"), open(sys.argv[1], "wb"))', path)
+    code = f'import pickle, sys; model = pickle.load(open(sys.argv[1], "rb")); import timm; {COUNT}'
+    assert run_python(code, path, env=AUTOLOAD_OFF).stdout == '40\n'
+
+
+# -- What it costs -----------------------------------------------------------------------------------------------------
+
+
+def test_import_torch_loads_two_small_files_of_ours_and_no_timm():
+    code = 'import json, sys, torch; print(json.dumps(list(sys.modules)))'
+    with_hook, without = (set(json.loads(run_python(code, env=env).stdout)) for env in ({}, AUTOLOAD_OFF))
+    added = {name for name in with_hook - without if name.partition('.')[0] not in sys.stdlib_module_names}
+    assert added == {'timm_ela', 'timm_ela.autoload'}
+    assert 'timm' not in with_hook
+
+
+def test_import_timm_ela_needs_the_standard_library_only():
+    code = '''
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import timm_ela
+        dir(timm_ela), timm_ela.__version__
+        print({name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names - {'timm_ela'})
+    '''
+    isolated = [sys.executable, '-I', '-S', '-c', textwrap.dedent(code), ROOT]  # -S: there is no site-packages
+    assert run(isolated).stdout == 'set()\n'
+
+
+def test_timm_models_keeps_its_own_loader():
+    assert timm.models.__loader__ is timm.models.__spec__.loader
+    assert not type(timm.models.__loader__).__module__.startswith('timm_ela')
+    assert 'register_model' in inspect.getsource(timm.models)
+
+
+# -- What fails --------------------------------------------------------------------------------------------------------
+
+
+def write_timm(path: Path, models: str) -> Path:
+    """A package named timm with another package of that level, and these contents of timm/models/__init__.py."""
+    files = {
+        'timm/__init__.py': '__version__ = "9.9"\nfrom . import models\n',
+        'timm/models/__init__.py': models,
+        'timm/layers/__init__.py': 'NOTHING_OF_WHAT_WE_IMPORT = True\n',
+    }
+    if path.suffix == '.zip':
+        with zipfile.ZipFile(path, 'w') as archive:
+            for name, text in files.items():
+                archive.writestr(name, text)
+        return path
+    for name, text in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    return path
+
+
+def test_a_broken_timm_breaks_neither_torch_nor_its_own_message(tmp_path):
+    path = write_timm(tmp_path, 'raise RuntimeError("broken by its authors")\n')
+    done = run_python('import torch; print("torch", flush=True); import timm', env={'PYTHONPATH': path}, exit_code=1)
+    assert done.stdout == 'torch\n'
+    assert done.stderr.splitlines()[-1] == 'RuntimeError: broken by its authors'
+    assert not our_warnings(done.stderr)
+
+
+def test_an_absent_timm_does_not_break_torch():
+    done = run_python('import sys; sys.modules["timm"] = None; import torch, timm_ela; print(timm_ela.__version__)')
+    assert done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.parametrize('where', ['folder', 'archive.zip'])  # one loader serves all modules of an archive's folder
+def test_where_registering_fails_timm_goes_on_with_a_warning_per_module(tmp_path, where):
+    path = write_timm(tmp_path / where, 'import timm.layers\n')
+    done = run_python('import torch, timm; print(timm.models.timm.layers)', env={'PYTHONPATH': path})
+    assert where in done.stdout
+    warned = our_warnings(done.stderr)
+    assert len(warned) == 2
+    assert 'timm_ela.ela_resnet is not registered with timm 9.9: ImportError: cannot import name' in warned[0]
+    assert 'timm_ela.ela_mobilenetv2 is not registered with timm 9.9: ImportError: cannot import name' in warned[1]
+    assert 'partially initialized module \'timm.layers\'' not in done.stderr  # too early: timm had not finished
+
+
+def test_a_module_that_fails_does_not_take_the_other_with_it():
+    code = '''
+        import timm
+        del timm.models._efficientnet_builder.resolve_bn_args
+        import timm_ela
+        print(timm.list_models('*_ela_*'))
+    '''
+    done = run_python(textwrap.dedent(code), env=AUTOLOAD_OFF)
+    names = eval(done.stdout)
+    assert len(names) == 20
+    assert all(name.startswith('resnet') for name in names)
+    assert len(our_warnings(done.stderr)) == 1
+    assert 'timm_ela.ela_mobilenetv2' in done.stderr
+    assert 'resolve_bn_args' in done.stderr
+
+
+def test_an_import_of_timm_that_failed_may_be_tried_again():
+    code = f'''
+        import sys, torch
+        sys.modules['timm.models.vision_transformer'] = None
+        try:
+            import timm
+        except ImportError:
+            print('failed')
+        del sys.modules['timm.models.vision_transformer']
+        import timm
+        {COUNT}
+    '''
+    done = run_python(textwrap.dedent(code))
+    assert done.stdout == 'failed\n40\n'
+    assert not our_warnings(done.stderr)
+
+
+# -- timm-ela run: the models in any script, where the hook is off ------------------------------------------------------
+
+SCRIPT = '''
+import json, os, sys
+import timm
+from beside import HERE
+print(json.dumps([__name__, sys.argv, HERE, os.getcwd(), len(timm.list_models('*_ela_*'))]))
+sys.exit(7)
+'''
+
+
+@pytest.mark.parametrize('command', [[TIMM_ELA, 'run'], [sys.executable, '-m', 'timm_ela', 'run']], ids=['timm-ela', '-m'])
+def test_run_is_python_with_the_models_registered(tmp_path, command):
+    (tmp_path / 'beside.py').write_text('HERE = True')
+    (tmp_path / 'script.py').write_text(SCRIPT)
+    args = ['folder', '--model', 'resnet18_ela_t', '--help', '--debug', '-h', '--', '--version']
+    done = run([*command, tmp_path / 'script.py', *args], env=AUTOLOAD_OFF, cwd=sys.prefix, exit_code=7)
+    name, argv, here, cwd, count = json.loads(done.stdout)
+    assert name == '__main__'
+    assert argv == [str(tmp_path / 'script.py'), *args]
+    assert here  # a module beside the script, which python would find
+    assert Path(cwd).samefile(sys.prefix)
+    assert count == 40
+    assert not done.stderr
+
+
+def test_run_shows_the_scripts_own_traceback(tmp_path):
+    (tmp_path / 'script.py').write_text('raise KeyError("its own")')
+    done = run([TIMM_ELA, 'run', tmp_path / 'script.py'], env=AUTOLOAD_OFF, exit_code=1)
+    assert 'Traceback' in done.stderr
+    assert done.stderr.splitlines()[-1] == 'KeyError: \'its own\''
+
+
+def test_run_names_a_script_that_is_not_there(tmp_path):
+    done = run([TIMM_ELA, 'run', tmp_path / 'nothing.py'], exit_code=2)
+    assert len(done.stderr.splitlines()) == 1
+    assert 'nothing.py' in done.stderr
+
+
+# -- torchrun ----------------------------------------------------------------------------------------------------------
+
+DDP_SCRIPT = '''
+import copy, sys
+import timm, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group('gloo')
+rank, ranks = dist.get_rank(), dist.get_world_size()
+for name, kwargs in (('resnet18_ela_b', {}), ('resnet50_ela_s', {}), ('mobilenetv2_050_ela_t', {})):
+    # timm's ResNets start with the last batch norm of a block at zero: nothing would reach the attention.
+    kwargs = dict(zero_init_last=False) if name.startswith('resnet') else {}
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **kwargs).double().eval()  # batch statistics differ by rank
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    x, target = torch.randn(2 * ranks, 3, 64, 96, dtype=torch.float64), torch.randint(5, (2 * ranks,))
+
+    alone = copy.deepcopy(model)
+    torch.nn.functional.cross_entropy(alone(x), target).backward()
+    together = DistributedDataParallel(model)
+    part = slice(2 * rank, 2 * rank + 2)
+    torch.nn.functional.cross_entropy(together(x[part]), target[part]).backward()
+    for (key, p), q in zip(alone.named_parameters(), model.parameters()):
+        assert q.grad.abs().sum() > 0, key
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-6, atol=1e-12, msg=lambda m: f'{key}: {m}')
+
+    together.train()
+    for _ in range(2):  # the second forward raises if a parameter got no gradient in the first
+        together.zero_grad()
+        torch.nn.functional.cross_entropy(together(x[part]), target[part]).backward()
+    assert all(p.grad is not None for p in model.parameters())
+open(f'{sys.argv[1]}/rank{rank}', 'w').close()
+dist.destroy_process_group()
+'''
+
+
+@pytest.mark.parametrize('launch, env', [
+    pytest.param([], {}, id='torchrun SCRIPT'),
+    pytest.param(['-m', 'timm_ela', 'run'], AUTOLOAD_OFF, id='torchrun -m timm_ela run SCRIPT'),
+])
+def test_distributed_gradients_are_those_of_one_process_on_the_joined_batch(tmp_path, launch, env):
+    (tmp_path / 'ddp.py').write_text(DDP_SCRIPT)
+    run([*TORCHRUN, *launch, tmp_path / 'ddp.py', tmp_path], env={'OMP_NUM_THREADS': 1, **env}, timeout=300)
+    assert {p.name for p in tmp_path.glob('rank*')} == {'rank0', 'rank1'}

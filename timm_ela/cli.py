@@ -1,0 +1,153 @@
+"""The command line: timm-ela list | run | convert | export | push | plot, and `python -m timm_ela`."""
+import argparse
+import json
+import logging
+import runpy
+import sys
+from pathlib import Path
+
+from . import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f'{self.prog}: error: {message} (see {self.prog} --help)\n')
+
+
+def _list(args: argparse.Namespace) -> None:
+    from .catalog import describe, model_names
+
+    names = model_names(args.filter)
+    if not names:
+        raise ValueError(f'No model of timm_ela matches {args.filter!r}; without a filter, all are listed.')
+    models = [describe(name) for name in names]
+    if args.json:
+        print(json.dumps([vars(m) for m in models], indent=2))
+        return
+    width = max(map(len, names))
+    print(f'{"model":{width}}  {"params":>10}  {"mult-adds":>9}  tags')
+    for m in models:
+        tags = ' '.join(m.tags if args.tags else m.tags[:1])
+        if not args.tags and len(m.tags) > 1:
+            tags += f' (+{len(m.tags) - 1})'
+        print(f'{m.name:{width}}  {m.params / 1e6:8.3f} M  {m.macs / 1e9:7.3f} G  {tags}')
+
+
+def _run(args: argparse.Namespace) -> None:
+    if not Path(args.script).is_file():
+        raise FileNotFoundError(f'There is no script {args.script}.')
+    sys.argv = [args.script, *args.args]
+    sys.path[0] = str(Path(args.script).resolve().parent)  # as `python SCRIPT` has it
+    runpy.run_path(args.script, run_name='__main__')
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from .publish import convert_checkpoint
+
+    kwargs = {'tag': args.tag} if args.tag else {}
+    convert_checkpoint(
+        args.checkpoint, args.model, args.out_dir, ema=args.ema, class_names=args.class_names, force=args.force,
+        **kwargs)
+
+
+def _export_options(args: argparse.Namespace) -> dict:
+    return {k: getattr(args, k) for k in ('tag', 'ema', 'class_names', 'checkpoint', 'license')}
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .publish import export_run
+
+    export_run(args.run_dir, args.out_dir, force=args.force, **_export_options(args))
+
+
+def _push(args: argparse.Namespace) -> None:
+    from .publish import push_folder
+
+    print(push_folder(args.folder, args.repo_id, private=args.private, **_export_options(args)))
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from .plot import plot_file
+
+    plot_file(args.image, args.model, args.output, stages=args.stages, pretrained=args.pretrained)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog='timm-ela', description='Efficient Local Attention models for timm.')
+    parser.add_argument('--version', action='version', version=__version__)
+    # Takes --debug after the command, where one adds it to a line that failed.
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    weights = argparse.ArgumentParser(add_help=False)
+    weights.add_argument('--tag', help='tag of the weights')
+    weights.add_argument('--no-ema', dest='ema', action='store_false', help='take the raw weights, not their average')
+    weights.add_argument('--class-names', metavar='FILE', help='text file with one class name a line')
+    run = argparse.ArgumentParser(add_help=False)
+    run.add_argument('--checkpoint', metavar='NAME', default='model_best.pth.tar', help='which one of the run\'s')
+    run.add_argument('--license', help='licence of the weights; by default that of the graft the run began with')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
+    def command(function, name: str, help: str, example: str, *parents) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=help, description=f'{help[0].upper()}{help[1:]}.', epilog=f'example: timm-ela {name} {example}',
+            parents=[common, *parents])
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command(_list, 'list', 'list the models', '"resnet50*" --tags')
+    sub.add_argument('filter', nargs='?', default='', help='wildcard, as in timm.list_models')
+    sub.add_argument('--tags', action='store_true', help='name every tag')
+    sub.add_argument('--json', action='store_true', help='print JSON')
+
+    sub = command(
+        _run, 'run', 'run a script with the models registered, where PyTorch\'s autoloading is off',
+        'train.py --model resnet50_ela_b ...')
+    sub.add_argument('script', help='Python script, such as timm\'s train.py')
+    sub.add_argument('args', nargs=argparse.REMAINDER, help='its arguments')
+
+    sub = command(
+        _convert, 'convert', 'graft a plain checkpoint and write it as a folder',
+        'resnet50.pth --model resnet50_ela_b grafted', weights)
+    sub.add_argument('checkpoint', help='.pth.tar of train.py, .pth or .safetensors of the plain model')
+    sub.add_argument('out_dir', help='folder to write')
+    sub.add_argument('--model', required=True, help='ELA model')
+    sub.add_argument('--force', action='store_true', help='replace the folder')
+
+    sub = command(
+        _export, 'export', 'write a run of train.py as a folder of weights, config and card',
+        'output/train/my-run my-model --tag flowers', weights, run)
+    sub.add_argument('run_dir', help='output folder of train.py')
+    sub.add_argument('out_dir', help='folder to write')
+    sub.add_argument('--force', action='store_true', help='replace the folder')
+
+    sub = command(
+        _push, 'push', 'upload a folder, or a run of train.py, to the Hub in one commit', 'my-model me/my-model',
+        weights, run)
+    sub.add_argument('folder', help='folder that export wrote, or output folder of train.py')
+    sub.add_argument('repo_id', metavar='OWNER/NAME', help='repository; created if needed')
+    sub.add_argument('--private', action='store_true', help='create it private')
+
+    sub = command(
+        _plot, 'plot', 'draw a model\'s attention on a picture', 'cat.png --model local-dir:my-model -o attention.png')
+    sub.add_argument('image', help='picture')
+    sub.add_argument('--model', required=True, help='model name, hf-hub:OWNER/NAME or local-dir:FOLDER')
+    sub.add_argument('-o', '--output', default='attention.png', help='PNG to write (default: %(default)s)')
+    sub.add_argument('--stages', type=int, nargs='+', metavar='N', help='stages to draw (default: all)')
+    sub.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='random weights')
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command; an error is one line on stderr and exit code 2."""
+    args = _parser().parse_args(argv)
+    if args.command == 'run' and Path(args.script).is_file():
+        return _run(args)  # the script's errors are its own
+    logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    logging.getLogger(__package__).setLevel(logging.INFO)
+    try:
+        args.function(args)
+    except Exception as error:  # the outermost place: every error becomes one line
+        if args.debug:
+            raise
+        print(f'timm-ela {args.command}: error: {" ".join(str(error).split()) or repr(error)}', file=sys.stderr)
+        sys.exit(2)
