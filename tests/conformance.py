@@ -1,4 +1,4 @@
-"""timm's own model tests over our models: `tests/test_models.py` of the installed timm's source distribution, unmodified.
+"""timm's own model tests, unmodified, over our models: `tests/test_models.py` of the installed timm's source.
 
     python tests/conformance.py [any pytest option, such as -n 2, -k resnet18_ela, --hub]
 

@@ -11,7 +11,7 @@ AUTOLOAD_OFF = {'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'}  # PyTorch's own switch
 
 def environment(changes: Mapping[str, object] | None = None) -> dict[str, str]:
     """This process's environment without what would change the meaning of a test, then with the changes."""
-    leaks = ('PYTEST_', 'PYTHON', 'TORCH', 'TIMM', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_', 'HF_HUB_OFFLINE')
+    leaks = ('PYTEST_', 'PYTHON', 'TORCH', 'TIMM', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_')
     env = {k: v for k, v in os.environ.items() if not k.startswith(leaks)}
     return {**env, 'HF_HUB_OFFLINE': '1', **{k: str(v) for k, v in (changes or {}).items()}}
 

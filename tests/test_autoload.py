@@ -47,7 +47,6 @@ def test_an_import_of_ours_registers_where_the_hook_is_off(imports):
 def test_registering_again_changes_nothing():
     code = '''
         import importlib, timm, timm_ela, timm_ela.autoload
-        before = timm.create_model
         entrypoints = [timm.model_entrypoint(name) for name in timm.list_models('*_ela_*')]
         timm_ela.autoload.install()
         timm_ela.autoload.register_models()
@@ -93,7 +92,8 @@ def test_a_spawned_process_knows_the_names(tmp_path):
 def test_a_pickled_model_needs_no_hook(tmp_path):
     """As it comes to a spawned process, or out of torch.save(model)."""
     path = tmp_path / 'model.pickle'
-    run_python('import pickle, sys, timm; pickle.dump(timm.create_model("resnet18_ela_t"), open(sys.argv[1], "wb"))', path)
+    code = 'import pickle, sys, timm; pickle.dump(timm.create_model("resnet18_ela_t"), open(sys.argv[1], "wb"))'
+    run_python(code, path)
     code = f'import pickle, sys; model = pickle.load(open(sys.argv[1], "rb")); import timm; {COUNT}'
     assert run_python(code, path, env=AUTOLOAD_OFF).stdout == '40\n'
 
@@ -115,10 +115,10 @@ def test_import_timm_ela_needs_the_standard_library_only():
         sys.path.insert(0, sys.argv[1])
         import timm_ela
         dir(timm_ela), timm_ela.__version__
-        print({name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names - {'timm_ela'})
+        print({name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names)
     '''
     isolated = [sys.executable, '-I', '-S', '-c', textwrap.dedent(code), ROOT]  # -S: there is no site-packages
-    assert run(isolated).stdout == 'set()\n'
+    assert eval(run(isolated).stdout) == {'__main__', 'timm_ela'}
 
 
 def test_timm_models_keeps_its_own_loader():
@@ -165,7 +165,7 @@ def test_an_absent_timm_does_not_break_torch():
 @pytest.mark.parametrize('where', ['folder', 'archive.zip'])  # one loader serves all modules of an archive's folder
 def test_where_registering_fails_timm_goes_on_with_a_warning_per_module(tmp_path, where):
     path = write_timm(tmp_path / where, 'import timm.layers\n')
-    done = run_python('import torch, timm; print(timm.models.timm.layers)', env={'PYTHONPATH': path})
+    done = run_python('import torch, timm; print(timm.models.__file__)', env={'PYTHONPATH': path})
     assert where in done.stdout
     warned = our_warnings(done.stderr)
     assert len(warned) == 2
@@ -179,10 +179,10 @@ def test_a_module_that_fails_does_not_take_the_other_with_it():
         import timm
         del timm.models._efficientnet_builder.resolve_bn_args
         import timm_ela
-        print(timm.list_models('*_ela_*'))
+        print(*timm.list_models('*_ela_*'))
     '''
     done = run_python(textwrap.dedent(code), env=AUTOLOAD_OFF)
-    names = eval(done.stdout)
+    names = done.stdout.split()
     assert len(names) == 20
     assert all(name.startswith('resnet') for name in names)
     assert len(our_warnings(done.stderr)) == 1
@@ -207,7 +207,7 @@ def test_an_import_of_timm_that_failed_may_be_tried_again():
     assert not our_warnings(done.stderr)
 
 
-# -- timm-ela run: the models in any script, where the hook is off ------------------------------------------------------
+# -- timm-ela run: the models in any script, where the hook is off -----------------------------------------------------
 
 SCRIPT = '''
 import json, os, sys
@@ -218,12 +218,12 @@ sys.exit(7)
 '''
 
 
-@pytest.mark.parametrize('command', [[TIMM_ELA, 'run'], [sys.executable, '-m', 'timm_ela', 'run']], ids=['timm-ela', '-m'])
+@pytest.mark.parametrize('command', [[TIMM_ELA], [sys.executable, '-m', 'timm_ela']], ids=['timm-ela', '-m'])
 def test_run_is_python_with_the_models_registered(tmp_path, command):
     (tmp_path / 'beside.py').write_text('HERE = True')
     (tmp_path / 'script.py').write_text(SCRIPT)
     args = ['folder', '--model', 'resnet18_ela_t', '--help', '--debug', '-h', '--', '--version']
-    done = run([*command, tmp_path / 'script.py', *args], env=AUTOLOAD_OFF, cwd=sys.prefix, exit_code=7)
+    done = run([*command, 'run', tmp_path / 'script.py', *args], env=AUTOLOAD_OFF, cwd=sys.prefix, exit_code=7)
     name, argv, here, cwd, count = json.loads(done.stdout)
     assert name == '__main__'
     assert argv == [str(tmp_path / 'script.py'), *args]
@@ -256,14 +256,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 dist.init_process_group('gloo')
 rank, ranks = dist.get_rank(), dist.get_world_size()
-for name, kwargs in (('resnet18_ela_b', {}), ('resnet50_ela_s', {}), ('mobilenetv2_050_ela_t', {})):
+for name in ('resnet18_ela_b', 'mobilenetv2_050_ela_t'):
     # timm's ResNets start with the last batch norm of a block at zero: nothing would reach the attention.
     kwargs = dict(zero_init_last=False) if name.startswith('resnet') else {}
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, **kwargs).double().eval()  # batch statistics differ by rank
     for p in model.parameters():
         p.data += 0.02 * torch.randn_like(p)
-    x, target = torch.randn(2 * ranks, 3, 64, 96, dtype=torch.float64), torch.randint(5, (2 * ranks,))
+    x, target = torch.randn(2 * ranks, 3, 48, 64, dtype=torch.float64), torch.randint(5, (2 * ranks,))
 
     alone = copy.deepcopy(model)
     torch.nn.functional.cross_entropy(alone(x), target).backward()

@@ -40,12 +40,13 @@ def command(*args):
 replies, sys.stdout = sys.stdout, sys.stderr
 for line in sys.stdin:
     code, cache, os.environ['HF_TOKEN'] = json.loads(line)
-    signal.alarm(120)  # no test waits for ever
+    signal.alarm(300)  # no test waits for ever
     try:
         exec(code)
         reply = {'result': result}
     except Exception as error:
         reply = {'error': f'{type(error).__name__}: {error}'}
+    signal.alarm(0)
     print(json.dumps(reply), file=replies, flush=True)
 '''
 
