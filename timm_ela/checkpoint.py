@@ -30,7 +30,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f'There is no checkpoint {path}.')
     try:
         if path.suffix == '.safetensors':
-            checkpoint = load_file(path)
+            checkpoint: Any = load_file(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # train.py stores its args as one
                 checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -107,5 +107,5 @@ def read_class_names(args: dict[str, Any], num_classes: int, file: str | Path | 
         class_to_idx = dataset.reader.class_to_idx
     elif class_map and Path(class_map).exists():
         class_to_idx = load_class_map(class_map)
-    names = sorted(class_to_idx, key=class_to_idx.get)
+    names = sorted(class_to_idx, key=class_to_idx.__getitem__)
     return names if sorted(class_to_idx.values()) == list(range(num_classes)) else None
