@@ -4,6 +4,7 @@ The cards of the backbones, in weights_cards/, and the README's table are writte
 """
 import platform
 import re
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -29,12 +30,14 @@ CITATION = """\
   year    = {2024}
 }
 ```"""
+PLACEHOLDER = 'hf-hub:OWNER/NAME'  # of a card's repository, until a push knows it
 # What of args.yaml says how a run was trained; paths and the like stay at home.
 _RECIPE = (
-    'model', 'pretrained', 'num_classes', 'img_size', 'input_size', 'in_chans', 'mean', 'std', 'crop_pct', 'gp',
-    'epochs', 'batch_size', 'grad_accum_steps', 'opt', 'opt_betas', 'momentum', 'lr', 'sched', 'warmup_epochs',
-    'warmup_lr', 'min_lr', 'cooldown_epochs', 'weight_decay', 'clip_grad', 'layer_decay', 'drop', 'drop_path',
-    'smoothing', 'bce_loss', 'mixup', 'cutmix', 'amp', 'channels_last', 'model_ema', 'seed',
+    'dataset', 'model', 'model_kwargs', 'bn_eps', 'bn_momentum', 'pretrained', 'num_classes', 'img_size', 'input_size',
+    'in_chans', 'mean', 'std', 'crop_pct', 'gp', 'epochs', 'batch_size', 'grad_accum_steps', 'opt', 'opt_kwargs',
+    'opt_betas', 'momentum', 'lr', 'sched', 'warmup_epochs', 'warmup_lr', 'min_lr', 'cooldown_epochs', 'weight_decay',
+    'clip_grad', 'layer_decay', 'drop', 'drop_path', 'smoothing', 'bce_loss', 'mixup', 'cutmix', 'amp',
+    'channels_last', 'model_ema', 'seed',
 )
 # Arguments that count only with, or only without, another one.
 _RECIPE_WITH = {'model_ema': ('model_ema_decay',), 'amp': ('amp_dtype',)}
@@ -50,14 +53,16 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return '\n'.join(f'| {" | ".join(row)} |' for row in lines)
 
 
-def _usage(architecture: str, source: str = 'hf-hub:OWNER/NAME') -> str:
+def _usage(architecture: str) -> str:
+    ours = architecture in BACKBONES
+    comment = f'  # with `pip install timm-ela`, timm knows {architecture} by itself' if ours else ''
     return f"""\
 ## Use
 
 ```python
-import timm  # with `pip install timm-ela`, timm knows {architecture} by itself
+import timm{comment}
 
-model = timm.create_model('{source}', pretrained=True).eval()
+model = timm.create_model('{PLACEHOLDER}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 ```"""
 
@@ -66,8 +71,8 @@ def _card(data: ModelCardData, *sections: str) -> str:
     return str(ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(filter(None, sections)) + '\n'))
 
 
-def _card_data(**kwargs: Any) -> ModelCardData:
-    tags = ['timm', 'image-classification', 'ela']
+def _card_data(*, ela: bool = True, **kwargs: Any) -> ModelCardData:
+    tags = ['timm', 'image-classification', *(['ela'] if ela else [])]
     return ModelCardData(library_name='timm', pipeline_tag='image-classification', tags=tags, **kwargs)
 
 
@@ -79,12 +84,18 @@ def _command(args: dict[str, Any]) -> str:
     words = ['train.py', '--data-dir DATA']
     for key in dict.fromkeys(keys):
         value = args.get(key)
-        if value not in (None, '', False):
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            words.append(' '.join([f'--{key.replace("_", "-")}', *map(str, values)]))
-    if args.get('initial_checkpoint'):
-        words.append(f'--initial-checkpoint {Path(args["initial_checkpoint"]).name}')
-    return textwrap.fill(' '.join(words), 100, break_on_hyphens=False, subsequent_indent='    ').replace('\n', ' \\\n')
+        if value is None or value is False or value in ('', [], {}):  # but a zero is not always train.py's default
+            continue
+        if isinstance(value, dict):
+            value = [f'{k}={v}' for k, v in value.items()]
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words.append(' '.join([f'--{key.replace("_", "-")}', *(shlex.quote(str(v)) for v in values)]))
+    for key in ('pretrained_path', 'initial_checkpoint'):
+        if args.get(key):
+            words.append(f'--{key.replace("_", "-")} {shlex.quote(Path(args[key]).name)}')
+    text = ' '.join(word.replace(' ', '\xa0') for word in words)  # an argument stays in one line with its values
+    lines = textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False, subsequent_indent='    ')
+    return lines.replace('\n', ' \\\n').replace('\xa0', ' ')
 
 
 def run_card(
@@ -109,8 +120,10 @@ def run_card(
         base_model: Hub repository of the plain weights that the run was grafted on.
     """
     arch = model.pretrained_cfg['architecture']
+    ela = arch in BACKBONES
     names = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
     data = _card_data(
+        ela=ela,
         license=model.pretrained_cfg.get('license'),
         base_model=base_model,
         model_name=f'{arch} on {dataset}',
@@ -126,7 +139,10 @@ def run_card(
             ) for key, value in metrics.items()
         ] or None,
     )
-    results = '\n'.join(f'- {names[key]}: {value:.2f} %' for key, value in metrics.items()) or 'Not measured.'
+    results = '\n'.join(f'- {names[key]}: {value:.2f} %' for key, value in metrics.items())
+    size = ' x '.join(map(str, timm.data.resolve_input_data_config(model, args=args)['input_size'][1:]))
+    split = args.get('val_split') or 'validation'
+    measured = f'On the {split} split, after epoch {epoch} (the first is 0), at {size} pixels:'
     weights = 'the exponential moving average' if averaged else 'as trained'
     return _card(
         data,
@@ -134,15 +150,14 @@ def run_card(
         f'`{arch}` with {model.num_classes} classes and {sum(p.numel() for p in model.parameters()):,} parameters, '
         f'trained with timm\'s `train.py`{f" from `{base_model}`" if base_model else ""}.',
         '## Results',
-        f'On the {args.get("val_split") or "validation"} split, after epoch {epoch}; weights: {weights}.',
+        f'Weights: {weights}. {measured if metrics else "Their accuracy was not measured."}',
         results,
         '## Recipe',
         f'```bash\n{_command(args)}\n```',
         f'Exported with timm_ela {__version__}, timm {timm.__version__}, torch {torch.__version__}, huggingface_hub '
         f'{huggingface_hub.__version__}, Python {platform.python_version()}.',
         _usage(arch),
-        '## Citation',
-        CITATION,
+        *(('## Citation', CITATION) if ela else ()),
     )
 
 

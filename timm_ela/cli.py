@@ -20,7 +20,7 @@ def _list(args: argparse.Namespace) -> None:
     names = model_names(args.filter)
     if not names:
         raise ValueError(f'No model of timm_ela matches {args.filter!r}; without a filter, all are listed.')
-    models = [describe(name) for name in names]
+    models = map(describe, names)  # takes seconds: a line each, as they come
     if args.json:
         print(json.dumps([vars(m) for m in models], indent=2))
         return
@@ -145,9 +145,12 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     logging.getLogger(__package__).setLevel(logging.INFO)
     try:
-        args.function(args)
-    except Exception as error:  # the outermost place: every error becomes one line
+        return args.function(args)
+    except (Exception, KeyboardInterrupt) as error:  # the outermost place: every error becomes one line
         if args.debug:
             raise
-        print(f'timm-ela {args.command}: error: {" ".join(str(error).split()) or repr(error)}', file=sys.stderr)
-        sys.exit(2)
+        line = ' '.join(str(error).split()) or repr(error)
+    # Only now are the frames of the error gone, and with them an upload's progress bar, which leaves a blanked line.
+    start = '\r' if args.command == 'push' else ''
+    print(f'{start}timm-ela {args.command}: error: {line}', file=sys.stderr)
+    sys.exit(2)
