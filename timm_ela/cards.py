@@ -185,7 +185,7 @@ def backbone_card(backbone: str) -> str:
     default = models[0].tags[0]
     rows = [[f'`{backbone}`', f'{params:,}', f'{macs:,}']]
     rows += [[f'`{m.name}`', f'{m.params:,}', f'{m.macs:,}'] for m in models]
-    tags = [[f'`{tag}`', f'`{cfgs[tag].hf_hub_id}`', cfgs[tag].license or '?'] for tag in models[0].tags]
+    tags = [[f'`{tag}`', f'`{cfgs[tag].hf_hub_id}`', cfgs[tag].license or 'not stated'] for tag in models[0].tags]
     licenses = sorted({cfg.license for cfg in cfgs.values() if cfg.license})
     name = models[1].name
     return _card(
