@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .attention import EfficientLocalAttention
 from .blocks import InnerAttnBottleneck, OutputAttnInvertedResidual
+from .remap import remap_state_dict
 
 _logger = logging.getLogger(__name__)
 
@@ -81,10 +82,11 @@ def _check_plain(state_dict: dict[str, Tensor], model: nn.Module, own: set[str],
 def graft_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
     """Completes a plain model's state dict with ELA weights that change nothing; the models' checkpoint filter.
 
-    A state dict that holds all of the model's attention weights is returned as it is.
+    A state dict that holds all of the model's attention weights is returned as it is. The authors' own checkpoints
+    (see remap.py) are renamed first.
 
     Args:
-        state_dict: Weights of the plain timm model (for an ELA model) or of the model itself.
+        state_dict: Weights of the plain timm model (for an ELA model), of the model itself, or of its authors' model.
         model: Model of ours that will load them.
 
     Returns:
@@ -94,6 +96,7 @@ def graft_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
         RuntimeError: If some attention weights are missing, or all of them and the layer is not ELA, or the weights are
             those of another architecture.
     """
+    state_dict = remap_state_dict(state_dict, model)
     arch = model.pretrained_cfg.get('architecture', type(model).__name__)
     blocks = list(_attention_blocks(model))
     own = {f'{block}se.{k}': v for block, parent in blocks for k, v in parent.se.state_dict().items()}
