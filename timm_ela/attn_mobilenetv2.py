@@ -44,6 +44,10 @@ _WIDTHS: dict[str, tuple[str, float, float, bool]] = {
 }
 
 
+def _create_layer(name: str, width: int | None, inner_width: int, **kwargs) -> nn.Module:
+    return create_attn_layer(name, width or inner_width, **kwargs)
+
+
 def _build(
         model_cls: type[nn.Module],
         attn_slot: str,
@@ -52,12 +56,11 @@ def _build(
         round_chs_fn: Callable[[float], int],
         **kwargs,
 ) -> nn.Module:
-    # The rows carry the layer: timm's builder gives `se_layer=` a ratio of its own, and the inner width in either slot.
-    attn_layer = partial(create_attn_layer, layer)
+    # The rows carry the layer: timm's builder would give a `se_layer=` its own ratio, and the inner width in any slot.
     for row in chain.from_iterable(block_args):
         if row['block_type'] == 'ir':
-            width = round_chs_fn(row['out_chs'])
-            row['se_layer'] = attn_layer if attn_slot == 'inner' else lambda _, w=width, **kw: attn_layer(w, **kw)
+            width = round_chs_fn(row['out_chs']) if attn_slot == 'output' else None
+            row.update(se_layer=partial(_create_layer, layer, width), se_ratio=0)
     model = model_cls(block_args, round_chs_fn=round_chs_fn, **kwargs)
     if attn_slot == 'output':
         for block in model.modules():

@@ -103,10 +103,11 @@ def graft_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
     missing = [k for k in own if k not in state_dict and not k.endswith('num_batches_tracked')]
     if not missing:
         return state_dict
-    if any(k in state_dict for k in own) or not all(isinstance(b.se, EfficientLocalAttention) for _, b in blocks):
+    is_ela = all(isinstance(parent.se, EfficientLocalAttention) for _, parent in blocks)
+    if not is_ela or any(k in state_dict for k in own):
         raise RuntimeError(
-            f'The checkpoint for {arch} lacks {len(missing)} of {len(own)} attention weights, first {missing[0]!r}; '
-            f'it must hold all of them, or none to be grafted, which only ELA models are.')
+            f'The checkpoint for {arch} lacks {len(missing)} of {len(own)} {"ELA" if is_ela else "attention"} weights, '
+            f'first {missing[0]!r}; it must hold all of them{", or none to be grafted" if is_ela else ""}.')
     _check_plain(state_dict, model, set(own), arch)
 
     grafted = dict(state_dict)
