@@ -19,6 +19,7 @@ from .cards import PLACEHOLDER, converted_card, run_card
 from .catalog import BACKBONES
 from .checkpoint import read_args, read_checkpoint, read_class_names, read_metrics
 from .graft import GRAFT, graft_state_dict
+from .remap import remap_state_dict
 
 _logger = logging.getLogger(__name__)
 
@@ -173,16 +174,17 @@ def convert_checkpoint(
         model_name: str,
         out_dir: str | Path,
         *,
-        tag: str = f'{GRAFT}custom',
+        tag: str | None = None,
         ema: bool = True,
         class_names: str | Path | None = None,
         force: bool = False,
 ) -> Path:
-    """Makes a plain model's checkpoint a folder with a complete ELA checkpoint, head included.
+    """Makes a plain model's checkpoint, or an author's, a folder with a complete checkpoint of ours, head included.
 
     Args:
-        checkpoint: A `.pth.tar` of train.py, a `.pth` or a `.safetensors` of the plain timm model.
-        model_name: The ELA model to graft onto, such as 'resnet50_ela_b'.
+        checkpoint: A `.pth.tar` of train.py, a `.pth` or a `.safetensors` of the plain timm model, or one that the
+            authors of ELA or of Coordinate Attention released (see remap.py).
+        model_name: The model of ours that it is for, such as 'resnet50_ela_b'.
         out_dir: Folder to write, as `export_run` does.
         tag: The weights' tag.
         ema: Whether to take the averaged weights where the checkpoint has them.
@@ -204,17 +206,21 @@ def convert_checkpoint(
     with _new_folder(out_dir, checkpoint, force) as folder:
         saved = read_checkpoint(checkpoint)
         state_dict = saved['state_dict_ema' if ema and saved.get('state_dict_ema') is not None else 'state_dict']
+        original, state_dict = state_dict, remap_state_dict(state_dict, timm.create_model(model_name, device='meta'))
         # A run of train.py: its input size, mean and std.
         args = vars(saved['args']) if isinstance(saved.get('args'), Namespace) else {}
         model = _create_model(model_name, state_dict, args)
-        grafted = graft_state_dict(state_dict, model)
-        if grafted is state_dict:
-            raise RuntimeError(f'{checkpoint} has ELA weights already: load it as it is, or `timm-ela export` its run.')
-        _load(model, grafted)
+        complete = graft_state_dict(state_dict, model)
+        if complete is original:
+            raise RuntimeError(
+                f'{checkpoint} has the attention\'s weights already: load it as it is, or `timm-ela export` its run.')
+        _load(model, complete)
         for key in ('license', 'origin_url', 'paper_ids', 'label_names'):  # the default tag's, not this checkpoint's
             model.pretrained_cfg.pop(key, None)
         names = read_class_names(args, model.num_classes, class_names)
-        _write(folder, model, args, tag, names, converted_card(model, checkpoint.name))
+        grafted = complete is not state_dict
+        card = converted_card(model, checkpoint.name, grafted=grafted)
+        _write(folder, model, args, tag or (f'{GRAFT}custom' if grafted else 'custom'), names, card)
     _logger.info(
         f'Wrote {out_dir}: train.py --model {model_name} --num-classes {model.num_classes} '
         f'--initial-checkpoint {out_dir}/model.safetensors')
