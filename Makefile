@@ -34,7 +34,7 @@ conformance: $(INSTALLED)
 
 # Writes weights_cards/ and the README's table of models from timm's registry.
 cards: $(INSTALLED)
-	$(BIN)/python -m timm_ela.cards .
+	$(BIN)/python weights_cards/make_cards.py
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,5 +1,12 @@
+import argparse
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
+from timm.utils import CheckpointSaver, ModelEmaV3, update_summary
 from torch import nn
 
 from timm_ela import EfficientLocalAttention
@@ -19,21 +26,55 @@ def _seeded():
 def randomize():
     """Moves batch norms and ELA gates away from their initial values, where mistakes cannot be seen.
 
-    A fresh ResNet's last batch norm of each block is zero, and it hides all that comes before it; a fresh GroupNorm is
-    the identity.
+    A fresh ResNet's last batch norm of each block is zero, and it hides all that comes before it; running statistics
+    that are not those of the activations let a deep network's signal die out, so they are taken from one batch.
     """
-
     def randomize(model: nn.Module) -> nn.Module:
+        norms, training = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)], model.training
         with torch.no_grad():
+            for m in norms:
+                m.weight.uniform_(0.5, 1.5)
+                m.bias.normal_(0, 0.3)
             for m in model.modules():
-                if isinstance(m, nn.BatchNorm2d):
-                    m.weight.uniform_(0.3, 0.8)
-                    m.bias.normal_(0, 0.2)
-                    m.running_mean.normal_(0, 0.2)
-                    m.running_var.uniform_(0.5, 2)
-                elif isinstance(m, EfficientLocalAttention):
+                if isinstance(m, EfficientLocalAttention):
                     m.gn.weight.normal_()
                     m.gn.bias.normal_()
-        return model
+            if norms:
+                momentum = norms[0].momentum
+                for m in norms:
+                    m.momentum = 1
+                model.train()(torch.randn(4, model.in_chans, 64, 48))
+                for m in norms:
+                    m.momentum = momentum
+        return model.train(training)
 
     return randomize
+
+
+@pytest.fixture
+def write_run(tmp_path) -> Callable[..., Path]:
+    """Writes a run's folder by timm's own code, as train.py does: args.yaml, summary.csv and three epochs' checkpoints.
+
+    Called with the model, the average of its weights if the run kept one, and what differs from train_args.yaml. The
+    best is epoch 1, top-1 70.5 and top-5 95.25: `model_best.pth.tar` holds the model's weights.
+    """
+    def write(model: nn.Module, average: nn.Module | None = None, /, **changes) -> Path:
+        folder = tmp_path / 'run'
+        folder.mkdir()
+        args = yaml.safe_load(Path(__file__).with_name('train_args.yaml').read_text())
+        args |= {'model': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes}
+        args |= {'model_ema': average is not None, **changes}
+        (folder / 'args.yaml').write_text(yaml.safe_dump(args, default_flow_style=False))
+        saver = CheckpointSaver(
+            model, torch.optim.SGD(model.parameters(), 0.1), args=argparse.Namespace(**args, prefetcher=True),
+            model_ema=average and ModelEmaV3(average), checkpoint_dir=folder, recovery_dir=folder)
+        worse, best = deepcopy(model), None
+        nn.init.zeros_(worse.get_classifier().bias)
+        for epoch, top1 in enumerate((50.0, 70.5, 60.0)):
+            metrics = {'loss': 1.5, 'top1': top1, 'top5': top1 + 24.75}
+            update_summary(epoch, {'loss': 2.0}, metrics, folder / 'summary.csv', lr=0.1, write_header=best is None)
+            saver.model = model if epoch == 1 else worse
+            best, _ = saver.save_checkpoint(epoch, top1)
+        return folder
+
+    return write

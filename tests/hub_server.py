@@ -134,8 +134,9 @@ class Hub:
         It is made of records of six 64-bit words, the first of them a header. Each file is a head (hash, flags, number
         of segments), its segments, as many verification records if flag 31 is set, and its sha256 if flag 30 is.
         """
-        for shard in (self.root / 'xet').rglob('*.mdb'):
-            words, at = struct.unpack(f'<{shard.stat().st_size // 8}Q', shard.read_bytes()), 6
+        for shard in (self.root / 'xet').rglob('shards/*.mdb'):
+            data, at = shard.read_bytes(), 6
+            words = struct.unpack_from(f'<{len(data) // 8}Q', data)
             while words[at] != 2 ** 64 - 1:
                 flags, segments = words[at + 4] & 0xffffffff, words[at + 4] >> 32
                 end = at + 6 * (1 + segments * (1 + (flags >> 31)))

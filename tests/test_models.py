@@ -69,13 +69,14 @@ def image():
 
 def test_there_are_forty_models_and_timm_lists_them():
     assert len(BASES) == 40
-    assert {n for n in timm.list_models() if model_entrypoint(n).__module__.startswith('timm_ela.')} == set(BASES)
+    ours = {n for n in timm.list_models() if model_entrypoint(n).__module__.startswith('timm_ela.')}
+    assert {n for n in ours if '_ela_' in n} == set(BASES)
     assert set(timm.list_models('*_ela_[tbsl]')) == set(BASES)
 
 
 @pytest.mark.parametrize('family', ['resnet', 'mobilenetv2'])
 def test_modules_of_timm_keep_their_lists_and_ours_have_their_own(family):
-    assert set(timm.list_models(module=f'ela_{family}')) == {n for n in BASES if n.startswith(family)}
+    assert set(timm.list_models('*_ela_*', module=f'attn_{family}')) == {n for n in BASES if n.startswith(family)}
     for theirs in ('resnet', 'efficientnet', 'mobilenetv3', 'sknet'):
         assert not set(timm.list_models(module=theirs)) & set(BASES)
 
@@ -87,7 +88,7 @@ def test_entry_points_look_like_those_of_timm(name):
     assert entrypoint.__name__ == name
     assert base in entrypoint.__doc__ and f'ELA-{variant.upper()}' in entrypoint.__doc__
     module = inspect.getmodule(entrypoint)
-    assert module.__name__.startswith('timm_ela.ela_')
+    assert module.__name__.startswith('timm_ela.attn_')
     assert getattr(module, name) is entrypoint and name in module.__all__
     assert inspect.signature(entrypoint).parameters['pretrained'].default is False
 

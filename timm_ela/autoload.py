@@ -10,7 +10,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
 _TARGET = 'timm.models'
-_MODEL_MODULES = ('ela_resnet', 'ela_mobilenetv2')
+_MODEL_MODULES = ('attn_resnet', 'attn_mobilenetv2')
 _installed = False
 
 

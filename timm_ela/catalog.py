@@ -6,9 +6,10 @@ import torch
 from timm.models import get_arch_pretrained_cfgs
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import ela_mobilenetv2, ela_resnet
+from . import attn_mobilenetv2, attn_resnet  # noqa: F401  they fill MODELS
+from .registry import MODELS
 
-BACKBONES: dict[str, str] = {**ela_resnet.BACKBONES, **ela_mobilenetv2.BACKBONES}  # our model -> plain timm model
+BACKBONES = {name: base for name, (base, _) in MODELS.items()}  # our model -> plain timm model
 
 
 @dataclass(frozen=True)

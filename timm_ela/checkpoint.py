@@ -1,18 +1,24 @@
 """Reads what timm's train.py leaves: checkpoints, args.yaml, summary.csv, class names. Never runs a pickle."""
 import argparse
 import csv
+import logging
+import math
 import pickle
+import re
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import create_dataset
 from timm.data.readers.class_map import load_class_map
 from timm.models import clean_state_dict
 from torch import Tensor
+
+_logger = logging.getLogger(__name__)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -28,24 +34,41 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'There is no checkpoint {path}.')
+    broken = 'is truncated, corrupt or no checkpoint'
     try:
-        if path.suffix == '.safetensors':
-            checkpoint: Any = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # train.py stores its args as one
-                checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ValueError(f'{path} is truncated, corrupt or no checkpoint: {error}') from error
+        checkpoint: Any = load_file(path) if path.suffix == '.safetensors' else _load_weights_only(path)
+    except pickle.UnpicklingError as error:  # torch's own words are many, and advise to run the pickle's code
+        found = re.search(r'GLOBAL ([\w.]+)', str(error))
+        what = f'holds {found[1]}, and code is never run: save the state_dict alone' if found else broken
+        raise ValueError(f'{path} {what}.') from error
+    except Exception as error:  # a broken file makes torch raise one of many types
+        raise ValueError(f'{path} {broken}: {str(error).partition(". ")[0]}') from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not a dict of weights.')
     if 'state_dict' not in checkpoint:
         checkpoint = {'state_dict': checkpoint.get('model', checkpoint)}
     for key in ('state_dict', 'state_dict_ema'):
-        if checkpoint.get(key) is not None:
-            checkpoint[key] = clean_state_dict(checkpoint[key])
-            if not checkpoint[key] or not all(isinstance(v, Tensor) for v in checkpoint[key].values()):
+        if key == 'state_dict' or checkpoint.get(key) is not None:
+            if not _is_state_dict(checkpoint[key]):
                 raise ValueError(f'{path} holds no state dict under {key!r}.')
+            checkpoint[key] = clean_state_dict(checkpoint[key])
     return checkpoint
+
+
+def _load_weights_only(path: Path) -> Any:
+    if zipfile.is_zipfile(path):  # torch.load checks no checksum, and would give other weights than were saved
+        with zipfile.ZipFile(path) as archive:
+            if (name := archive.testzip()) is not None:
+                raise ValueError(f'the checksum of its {name} is wrong')
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():  # train.py stores its args
+        warnings.simplefilter('ignore')  # of the pickle protocol
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def _is_state_dict(value: Any) -> bool:
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
 def read_args(run_dir: Path) -> dict[str, Any]:
@@ -59,8 +82,8 @@ def read_args(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f'{run_dir} has no args.yaml: it must be the output folder of a run of train.py.')
     try:
-        args = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        args = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f'{path} is not valid YAML: {error}') from error
     if not isinstance(args, dict) or not isinstance(args.get('model'), str):
         raise ValueError(f'{path} names no model: it must be the args.yaml that train.py wrote.')
@@ -77,7 +100,8 @@ def read_metrics(run_dir: Path, epoch: int | None) -> dict[str, float]:
     if not rows:
         return {}
     # A resumed run may list an epoch twice: the last one is the one that was saved.
-    return {key: float(rows[-1][f'eval_{key}']) for key in ('top1', 'top5') if rows[-1].get(f'eval_{key}')}
+    metrics = {key: float(rows[-1].get(f'eval_{key}') or math.nan) for key in ('top1', 'top5')}
+    return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
 
 def read_class_names(args: dict[str, Any], num_classes: int, file: str | Path | None = None) -> list[str] | None:
@@ -95,17 +119,24 @@ def read_class_names(args: dict[str, Any], num_classes: int, file: str | Path | 
         ValueError: If the file does not hold num_classes names.
     """
     if file is not None:
-        names = [line.strip() for line in Path(file).read_text(encoding='utf-8').splitlines() if line.strip()]
+        try:
+            lines = Path(file).read_text(encoding='utf-8-sig').splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f'{file} is not a UTF-8 text file with one class name a line: {error}') from error
+        names = [line.strip() for line in lines if line.strip()]
         if len(names) != num_classes:
             raise ValueError(f'{file} holds {len(names)} class names, the head has {num_classes} outputs.')
         return names
     root = args.get('data_dir') or args.get('data')
     class_map = args.get('class_map') or ''
     class_to_idx = {}
-    if root and Path(root).exists() and not args.get('dataset'):  # folders and tars: no other kind is read from a path
-        dataset = create_dataset('', root, split=args.get('train_split') or 'train', class_map=class_map)
-        class_to_idx = dataset.reader.class_to_idx
-    elif class_map and Path(class_map).exists():
-        class_to_idx = load_class_map(class_map)
+    try:
+        if root and Path(root).exists() and not args.get('dataset'):  # folders and tars: only these are read from paths
+            dataset = create_dataset('', root, split=args.get('train_split') or 'train', class_map=class_map)
+            class_to_idx = dataset.reader.class_to_idx
+        elif class_map and Path(class_map).exists():
+            class_to_idx = load_class_map(class_map)
+    except (AssertionError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        _logger.warning(f'The class names of the run cannot be read (any more): {error}')
     names = sorted(class_to_idx, key=class_to_idx.__getitem__)
     return names if sorted(class_to_idx.values()) == list(range(num_classes)) else None

@@ -16,21 +16,28 @@ class _Parser(argparse.ArgumentParser):
 
 def _list(args: argparse.Namespace) -> None:
     from .catalog import describe, model_names
+    from .layers import ATTN_LAYERS
+    from .registry import MODELS
 
     names = model_names(args.filter)
     if not names:
         raise ValueError(f'No model of timm_ela matches {args.filter!r}; without a filter, all are listed.')
-    models = [describe(name) for name in names]
+    names.sort(key=lambda name: list(ATTN_LAYERS).index(MODELS[name][1]))
+    models = map(describe, names)  # takes seconds: a line each, as they come
     if args.json:
         print(json.dumps([vars(m) for m in models], indent=2))
         return
     width = max(map(len, names))
-    print(f'{"model":{width}}  {"params":>10}  {"mult-adds":>9}  tags')
+    title = None
     for m in models:
+        layer = ATTN_LAYERS[MODELS[m.name][1]]
+        if title != layer.title:
+            title = layer.title
+            print(f'{title} - {layer.paper}')
         tags = ' '.join(m.tags if args.tags else m.tags[:1])
         if not args.tags and len(m.tags) > 1:
             tags += f' (+{len(m.tags) - 1})'
-        print(f'{m.name:{width}}  {m.params / 1e6:8.3f} M  {m.macs / 1e9:7.3f} G  {tags}')
+        print(f'  {m.name:{width}}  {m.params / 1e6:8.3f} M params  {m.macs / 1e9:7.3f} G mult-adds  {tags}'.rstrip())
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -44,10 +51,9 @@ def _run(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from .publish import convert_checkpoint
 
-    kwargs = {'tag': args.tag} if args.tag else {}
     convert_checkpoint(
-        args.checkpoint, args.model, args.out_dir, ema=args.ema, class_names=args.class_names, force=args.force,
-        **kwargs)
+        args.checkpoint, args.model, args.out_dir, tag=args.tag, ema=args.ema, class_names=args.class_names,
+        force=args.force)
 
 
 def _export_options(args: argparse.Namespace) -> dict:
@@ -106,11 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('args', nargs=argparse.REMAINDER, help='its arguments')
 
     sub = command(
-        _convert, 'convert', 'graft a plain checkpoint and write it as a folder',
+        _convert, 'convert', 'graft a plain checkpoint, or rename an author\'s, and write it as a folder',
         'resnet50.pth --model resnet50_ela_b grafted', weights)
     sub.add_argument('checkpoint', help='.pth.tar of train.py, .pth or .safetensors of the plain model')
     sub.add_argument('out_dir', help='folder to write')
-    sub.add_argument('--model', required=True, help='ELA model')
+    sub.add_argument('--model', required=True, help='model of ours')
     sub.add_argument('--force', action='store_true', help='replace the folder')
 
     sub = command(
@@ -145,9 +151,12 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     logging.getLogger(__package__).setLevel(logging.INFO)
     try:
-        args.function(args)
-    except Exception as error:  # the outermost place: every error becomes one line
+        return args.function(args)
+    except (Exception, KeyboardInterrupt) as error:  # the outermost place: every error becomes one line
         if args.debug:
             raise
-        print(f'timm-ela {args.command}: error: {" ".join(str(error).split()) or repr(error)}', file=sys.stderr)
-        sys.exit(2)
+        line = ' '.join(str(error).split()) or repr(error)
+    # Only now are the frames of the error gone, and with them an upload's progress bar, which leaves a blanked line.
+    start = '\r' if args.command == 'push' else ''
+    print(f'{start}timm-ela {args.command}: error: {line}', file=sys.stderr)
+    sys.exit(2)

@@ -1,4 +1,4 @@
-"""Plain timm checkpoint -> ELA checkpoint that computes the same, to the bit.
+"""The models' checkpoint filter: plain timm checkpoint -> ELA checkpoint that computes the same, to the bit.
 
 With the GroupNorm at zero every gate is sigmoid(0) = 1/2, so ELA multiplies by exactly 1/4; four times the weights of
 what it feeds (or of the batch norm that feeds it) give the plain network back, since 4 is a power of two. The gates
@@ -15,15 +15,19 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from .attention import EfficientLocalAttention
+from .blocks import InnerAttnBottleneck, OutputAttnInvertedResidual
+from .remap import remap_state_dict
 
 _logger = logging.getLogger(__name__)
 
 GRAFT = 'graft_'  # tag prefix
 _SCALE = 4
-# The parameters that take the factor, by the block that holds the module.
-_SCALED = {
-    Bottleneck: ('conv3.weight',),
+# The parameters that take the factor, by the block that holds the module; subclasses come first.
+_SCALED: dict[Any, tuple[str, ...]] = {
+    InnerAttnBottleneck: ('conv3.weight',),
+    Bottleneck: ('bn3.weight', 'bn3.bias'),
     BasicBlock: ('bn2.weight', 'bn2.bias'),
+    OutputAttnInvertedResidual: ('bn3.weight', 'bn3.bias'),
     InvertedResidual: ('conv_pwl.weight',),
 }
 
@@ -46,9 +50,8 @@ def graft_cfgs(name: str, base: str) -> dict[str, PretrainedCfg]:
 
 def _attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if isinstance(module, EfficientLocalAttention):
-            block = name.rpartition('.')[0]
-            yield f'{block}.', model.get_submodule(block)
+        if isinstance(module, tuple(_SCALED)) and not isinstance(module.se, nn.Identity | None):
+            yield f'{name}.', module
 
 
 def _check_plain(state_dict: dict[str, Tensor], model: nn.Module, own: set[str], arch: str) -> None:
@@ -79,33 +82,38 @@ def _check_plain(state_dict: dict[str, Tensor], model: nn.Module, own: set[str],
 def graft_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
     """Completes a plain model's state dict with ELA weights that change nothing; the models' checkpoint filter.
 
-    A state dict that holds all of the model's ELA weights is returned as it is.
+    A state dict that holds all of the model's attention weights is returned as it is. The authors' own checkpoints
+    (see remap.py) are renamed first.
 
     Args:
-        state_dict: Weights of the plain timm model or of the ELA model itself.
-        model: ELA model that will load them.
+        state_dict: Weights of the plain timm model (for an ELA model), of the model itself, or of its authors' model.
+        model: Model of ours that will load them.
 
     Returns:
-        State dict of the ELA model, whose logits equal the plain model's bit for bit.
+        State dict of the model; a grafted one computes the plain model's logits bit for bit.
 
     Raises:
-        RuntimeError: If some ELA weights are missing, or the weights are those of another architecture.
+        RuntimeError: If some attention weights are missing, or all of them and the layer is not ELA, or the weights are
+            those of another architecture.
     """
+    state_dict = remap_state_dict(state_dict, model)
     arch = model.pretrained_cfg.get('architecture', type(model).__name__)
-    own = {f'{block}se.{k}': v for block, parent in _attention_blocks(model) for k, v in parent.se.state_dict().items()}
-    missing = [k for k in own if k not in state_dict]
+    blocks = list(_attention_blocks(model))
+    own = {f'{block}se.{k}': v for block, parent in blocks for k, v in parent.se.state_dict().items()}
+    missing = [k for k in own if k not in state_dict and not k.endswith('num_batches_tracked')]
     if not missing:
         return state_dict
-    if len(missing) < len(own):
+    is_ela = all(isinstance(parent.se, EfficientLocalAttention) for _, parent in blocks)
+    if not is_ela or any(k in state_dict for k in own):
         raise RuntimeError(
-            f'The checkpoint for {arch} lacks {len(missing)} of {len(own)} ELA weights, first {missing[0]!r}; '
-            f'it must hold all of them, or none to be grafted.')
+            f'The checkpoint for {arch} lacks {len(missing)} of {len(own)} {"ELA" if is_ela else "attention"} weights, '
+            f'first {missing[0]!r}; it must hold all of them{", or none to be grafted" if is_ela else ""}.')
     _check_plain(state_dict, model, set(own), arch)
 
     grafted = dict(state_dict)
     for k, v in own.items():
         grafted[k] = v.detach().clone() if k.endswith('conv.weight') else v.new_zeros(v.shape)
-    for block, parent in _attention_blocks(model):
+    for block, parent in blocks:
         scaled = next(keys for cls, keys in _SCALED.items() if isinstance(parent, cls))
         for k in scaled:
             grafted[block + k] = state_dict[block + k] * _SCALE

@@ -4,6 +4,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm import create_model
@@ -43,7 +44,7 @@ def _stages(model: nn.Module) -> dict[int, str]:
     """Names the last ELA module of each stage, a stage being what leads to one entry of timm's `feature_info`."""
     names = [name for name, _ in model.named_modules()]
     features = [info['module'] for info in getattr(model, 'feature_info', ())]
-    ends = [max((i for i, n in enumerate(names) if f'{n}.'.startswith(f'{f}.')), default=-1) for f in features]
+    ends = [max((i for i, n in enumerate(names) if f'{n}.'.startswith(f'{f}.')), default=len(names)) for f in features]
     ela = [(i, n) for i, (n, m) in enumerate(model.named_modules()) if isinstance(m, EfficientLocalAttention)]
     return {sum(end < i for end in ends): n for i, n in ela}
 
@@ -53,7 +54,7 @@ def _forward(model: nn.Module, x: Tensor, attention: Iterable[nn.Module]) -> tup
     gates = {}
 
     def keep(module: EfficientLocalAttention, args: tuple) -> None:
-        gates[module] = [gate[0].float().cpu() for gate in module.gates(args[0])]
+        gates[module] = [gate[0].float().cpu().numpy() for gate in module.gates(args[0])]
 
     modes = {module: module.training for module in model.modules()}
     hooks = [module.register_forward_pre_hook(keep) for module in attention]
@@ -72,20 +73,21 @@ def _class_names(count: int, cfg: dict[str, Any], given: Sequence[str] | None) -
     if given is not None and len(given) != count:
         raise ValueError(f'The model has {count} classes, but {len(given)} class names were given.')
     names = given or cfg.get('label_names') or ()
-    names = list(names.values() if isinstance(names, dict) else names)
-    if len(names) == count:  # a checkpoint's names are not those of a head put on since
-        descriptions = cfg.get('label_descriptions') or {}
-        return [descriptions.get(name, name) for name in names]
-    return ImageNetInfo().label_descriptions() if count == 1000 else [f'class {i}' for i in range(count)]
+    names = [names[k] for k in sorted(names, key=int)] if isinstance(names, dict) else list(names)
+    if len(names) != count:  # a checkpoint's names are not those of a head put on since
+        return ImageNetInfo().label_descriptions() if count == 1000 else [f'class {i}' for i in range(count)]
+    descriptions = {} if given else cfg.get('label_descriptions') or {}
+    return [descriptions.get(name, name) for name in names]
 
 
-def _limits(tensors: Iterable[Tensor]) -> tuple[float, float]:
-    low, high = (bound.item() for bound in torch.cat([t.flatten() for t in tensors]).aminmax())
+def _limits(arrays: Iterable[np.ndarray]) -> tuple[float, float]:
+    values = np.concatenate([a.ravel() for a in arrays])
+    low, high = values.min(), values.max()
     margin = max(0., _LEAST_RANGE - (high - low)) / 2
     return low - margin, high + margin
 
 
-def _draw_strips(ax: 'Axes', a_h: Tensor, a_w: Tensor, limits: tuple[float, float]) -> None:
+def _draw_strips(ax: 'Axes', a_h: np.ndarray, a_w: np.ndarray, limits: tuple[float, float]) -> None:
     """Draws a_h (H,) along the left edge of an image's axes and a_w (W,) along the lower one, over a dotted 0.5."""
     (_, width), (height, _) = ax.get_xlim(), ax.get_ylim()
     thick, gap = 0.17, 0.03  # in widths of the image
@@ -93,14 +95,14 @@ def _draw_strips(ax: 'Axes', a_h: Tensor, a_w: Tensor, limits: tuple[float, floa
     ticks = {'ticks': limits, 'labels': [f'{v:.2f}' for v in limits], 'fontsize': 7}
     rows = ax.inset_axes((-thick - gap, 0, thick, 1), xlim=limits, ylim=(height, 0), yticks=[])
     rows.axvline(0.5, **dotted)
-    rows.stairs(a_h, torch.linspace(0, height, len(a_h) + 1), orientation='horizontal', baseline=None)
+    rows.stairs(a_h, np.linspace(0, height, len(a_h) + 1), orientation='horizontal', baseline=None)
     rows.xaxis.tick_top()
     rows.set_xticks(**ticks)
     rows.set_ylabel('$a_h$', rotation=0, labelpad=8)
     thick, gap = thick * width / height, gap * width / height
     columns = ax.inset_axes((0, -thick - gap, 1, thick), xlim=(0, width), ylim=limits, xticks=[])
     columns.axhline(0.5, **dotted)
-    columns.stairs(a_w, torch.linspace(0, width, len(a_w) + 1), baseline=None)
+    columns.stairs(a_w, np.linspace(0, width, len(a_w) + 1), baseline=None)
     columns.yaxis.tick_right()
     columns.set_yticks(**ticks)
     columns.set_xlabel('$a_w$ (dotted: 0.5)', fontsize=9)
@@ -151,13 +153,13 @@ def plot_attention(
     x = create_transform(**{**config, **stats})(opened.convert('L') if channels == 1 else opened)
     attention = [model.get_submodule(names[stage]) for stage in stages]
     output, gates = _forward(model, x, attention)
-    overlays = [torch.einsum('ch,cw->hw', *gates[m]) / len(gates[m][0]) for m in attention]
+    overlays = [np.einsum('ch,cw->hw', *gates[m]) / len(gates[m][0]) for m in attention]
     strips = [[gate.mean(0) for gate in gates[m]] for m in attention]
-    (low, high), strip_limits = _limits(overlays), _limits(sum(strips, []))
+    (low, high), strip_limits = _limits(overlays), _limits([np.array([0.5]), *sum(strips, [])])
 
     _, height, width = x.shape
     extent = (0, width, height, 0)
-    picture = {'X': (x * std + mean).clamp(0, 1).permute(1, 2, 0), 'cmap': 'gray', 'vmin': 0, 'vmax': 1}
+    picture = {'X': (x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), 'cmap': 'gray', 'vmin': 0, 'vmax': 1}
     cells = len(stages) + 2  # the picture first, the classes last
     rows = 1 if cells < 4 else 2
     columns = -(-cells // rows)
@@ -180,7 +182,7 @@ def plot_attention(
     bar.set_label('gate: mean over channels of $a_h a_w$\n(fresh graft: 0.25)', fontsize=8)
     if classes:
         top = output[0].float().softmax(0).topk(min(topk, classes))
-        axes[cells - 1].barh(range(len(top.indices)), top.values.cpu(), height=0.2)
+        axes[cells - 1].barh(range(len(top.indices)), top.values.tolist(), height=0.2)
         axes[cells - 1].set(xlim=(0, 1), ylim=(len(top.indices) - 0.5, -0.7))
         for i, (p, c) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True)):
             label = labels[c] if len(labels[c]) <= 40 else f'{labels[c]:.39}…'

@@ -1,6 +1,8 @@
 """A run of train.py, or a plain checkpoint -> a folder of weights, config and card -> a Hub repository."""
 import json
 import logging
+import shutil
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +15,11 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models import get_arch_name, save_for_hf
 from torch import Tensor, nn
 
-from .cards import converted_card, run_card
+from .cards import PLACEHOLDER, converted_card, run_card
 from .catalog import BACKBONES
 from .checkpoint import read_args, read_checkpoint, read_class_names, read_metrics
 from .graft import GRAFT, graft_state_dict
+from .remap import remap_state_dict
 
 _logger = logging.getLogger(__name__)
 
@@ -24,17 +27,20 @@ FILES = ('model.safetensors', 'config.json', 'README.md')  # all that a folder h
 
 
 @contextmanager
-def _new_folder(out_dir: Path, force: bool) -> Iterator[Path]:
+def _new_folder(out_dir: Path, source: Path, force: bool) -> Iterator[Path]:
     """Yields a temporary folder that becomes out_dir when all has gone well, so that nothing is left half-written."""
+    if out_dir.resolve() in (source.resolve(), *source.resolve().parents):
+        raise FileExistsError(f'{out_dir} holds {source}, which must stay: choose another folder.')
     if out_dir.exists() and not out_dir.is_dir():
         raise FileExistsError(f'{out_dir} is a file: choose a folder.')
     if not force and out_dir.is_dir() and any(out_dir.iterdir()):
         raise FileExistsError(f'{out_dir} exists and is not empty: choose another folder, or --force replaces it.')
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out_dir.parent, prefix=f'.{out_dir.name}-') as temporary:
+    beside = next(parent for parent in out_dir.absolute().parents if parent.is_dir())
+    with TemporaryDirectory(dir=beside, prefix=f'.{out_dir.name}-') as temporary:
         folder = Path(temporary, 'new')
         folder.mkdir()
         yield folder
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
         if out_dir.exists():
             out_dir.rename(Path(temporary, 'old'))
         folder.rename(out_dir)
@@ -44,18 +50,30 @@ def _create_model(name: str, state_dict: dict[str, Tensor], args: dict[str, Any]
     """Creates the model whose weights these are: classes and input channels are read from the weights themselves."""
     if ':' not in name and not timm.is_model(get_arch_name(name)):
         raise ValueError(f'timm {timm.__version__} knows no model {name!r}: `timm-ela list` shows ours.')
-    kwargs = dict(args.get('model_kwargs') or {})
-    if args.get('gp'):
-        kwargs['global_pool'] = args['gp']
+    kwargs = {'global_pool': args.get('gp'), 'bn_eps': args.get('bn_eps'), 'bn_momentum': args.get('bn_momentum')}
+    kwargs = {k: v for k, v in kwargs.items() if v is not None} | dict(args.get('model_kwargs') or {})
     cfg = timm.create_model(name, device='meta', **kwargs).pretrained_cfg
     for key, part, axis in (('num_classes', 'classifier', 0), ('in_chans', 'first_conv', 1)):
-        weight = state_dict.get(f'{cfg.get(part)}.weight')
+        layers = cfg.get(part)  # some of timm's models have several heads
+        weight = state_dict.get(f'{layers if isinstance(layers, str) else next(iter(layers or ()), None)}.weight')
         if weight is not None and weight.ndim > axis:
             kwargs[key] = weight.shape[axis]
     model = timm.create_model(name, **kwargs)
     if get_arch_name(name) not in BACKBONES and model.pretrained_cfg['architecture'] not in BACKBONES:
         _logger.warning(f'{name} is a model of timm, not one of timm_ela: written all the same.')
     return model
+
+
+def _load(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:  # torch names every key
+        own = model.state_dict()
+        wrong = [k for k, v in own.items() if k not in state_dict or state_dict[k].shape != v.shape]
+        foreign = [k for k in state_dict if k not in own]
+        raise RuntimeError(
+            f'The weights are not those of {model.pretrained_cfg["architecture"]}: {len(wrong)} are missing or of '
+            f'another shape, {len(foreign)} are foreign, first {(wrong + foreign)[0]!r}.') from error
 
 
 def _write(
@@ -116,8 +134,10 @@ def export_run(
         RuntimeError: If the weights are not those of the run's model.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
-    with _new_folder(out_dir, force) as folder:
+    with _new_folder(out_dir, run_dir, force) as folder:
         args = read_args(run_dir)
+        if not (run_dir / checkpoint).is_file():
+            raise FileNotFoundError(f'{run_dir} has no {checkpoint}: --checkpoint NAME takes another one.')
         saved = read_checkpoint(run_dir / checkpoint)
         averaged = saved.get('state_dict_ema') is not None
         measured_on_average = averaged and not args.get('model_ema_force_cpu')  # train.py evaluates no EMA on the CPU
@@ -126,22 +146,24 @@ def export_run(
         metrics = read_metrics(run_dir, saved.get('epoch')) if use_average == measured_on_average else {}
 
         model = _create_model(args['model'], state_dict, args)
-        model.load_state_dict(state_dict)
+        _load(model, state_dict)
         cfg = model.pretrained_cfg
-        grafted = bool(args.get('pretrained') and not args.get('pretrained_path') and cfg.get('hf_hub_id'))
-        if not grafted:  # the model's default cfg speaks of weights that this run did not begin with
-            for key in ('license', 'origin_url', 'paper_ids', 'paper_name', 'description', 'label_names'):
-                cfg.pop(key, None)
+        other_start = args.get('pretrained_path') or args.get('initial_checkpoint')
+        grafted = bool(args.get('pretrained') and not other_start and cfg.get('hf_hub_id'))
+        # The cfg is that of the weights that the run began with, if it did; train.py measures at the training size.
+        stale = ('label_names', 'label_descriptions', 'test_input_size', 'test_crop_pct', 'test_pool_size')
+        for key in stale if grafted else (*stale, 'license', 'origin_url', 'paper_ids', 'paper_name', 'description'):
+            cfg.pop(key, None)
         if license:
             cfg['license'] = license
         names = read_class_names(args, model.num_classes, class_names)
         if names is None:
             _logger.warning('No class names are written: neither the class map nor the data folder of the run gives '
                             f'{model.num_classes} of them. --class-names FILE does.')
-        dataset = Path(args.get('dataset') or args.get('data_dir') or args.get('data') or 'custom').name
+        dataset = Path(args.get('dataset') or args.get('data_dir') or args.get('data') or '').name or 'custom'
         card = run_card(
             model, args, metrics, dataset=dataset, epoch=saved.get('epoch'), averaged=use_average,
-            base_model=cfg['hf_hub_id'] if grafted else None)
+            base_model=cfg['hf_hub_id'].partition('@')[0] if grafted else None)
         _write(folder, model, args, tag or dataset.lower().replace(' ', '_'), names, card)
     _logger.info(f'Wrote {out_dir}: timm.create_model(\'local-dir:{out_dir}\', pretrained=True)')
     return out_dir
@@ -152,16 +174,17 @@ def convert_checkpoint(
         model_name: str,
         out_dir: str | Path,
         *,
-        tag: str = f'{GRAFT}custom',
+        tag: str | None = None,
         ema: bool = True,
         class_names: str | Path | None = None,
         force: bool = False,
 ) -> Path:
-    """Makes a plain model's checkpoint a folder with a complete ELA checkpoint, head included.
+    """Makes a plain model's checkpoint, or an author's, a folder with a complete checkpoint of ours, head included.
 
     Args:
-        checkpoint: A `.pth.tar` of train.py, a `.pth` or a `.safetensors` of the plain timm model.
-        model_name: The ELA model to graft onto, such as 'resnet50_ela_b'.
+        checkpoint: A `.pth.tar` of train.py, a `.pth` or a `.safetensors` of the plain timm model, or one that the
+            authors of ELA or of Coordinate Attention released (see remap.py).
+        model_name: The model of ours that it is for, such as 'resnet50_ela_b'.
         out_dir: Folder to write, as `export_run` does.
         tag: The weights' tag.
         ema: Whether to take the averaged weights where the checkpoint has them.
@@ -175,22 +198,32 @@ def convert_checkpoint(
         FileNotFoundError: If there is no such checkpoint.
         FileExistsError: If out_dir is not empty.
         ValueError: If the checkpoint cannot be read or the model is not one of ours.
-        RuntimeError: If the checkpoint is of another architecture.
+        RuntimeError: If the checkpoint is of another architecture, or has ELA weights already.
     """
     checkpoint, out_dir = Path(checkpoint), Path(out_dir)
     if get_arch_name(model_name) not in BACKBONES:
         raise ValueError(f'{model_name!r} is not a model of timm_ela: `timm-ela list` shows them.')
-    with _new_folder(out_dir, force) as folder:
+    with _new_folder(out_dir, checkpoint, force) as folder:
         saved = read_checkpoint(checkpoint)
         state_dict = saved['state_dict_ema' if ema and saved.get('state_dict_ema') is not None else 'state_dict']
-        args = vars(saved['args']) if 'args' in saved else {}  # a run of train.py: its input size, mean and std
+        original, state_dict = state_dict, remap_state_dict(state_dict, timm.create_model(model_name, device='meta'))
+        # A run of train.py: its input size, mean and std.
+        args = vars(saved['args']) if isinstance(saved.get('args'), Namespace) else {}
         model = _create_model(model_name, state_dict, args)
-        model.load_state_dict(graft_state_dict(state_dict, model))
+        complete = graft_state_dict(state_dict, model)
+        if complete is original:
+            raise RuntimeError(
+                f'{checkpoint} has the attention\'s weights already: load it as it is, or `timm-ela export` its run.')
+        _load(model, complete)
         for key in ('license', 'origin_url', 'paper_ids', 'label_names'):  # the default tag's, not this checkpoint's
             model.pretrained_cfg.pop(key, None)
         names = read_class_names(args, model.num_classes, class_names)
-        _write(folder, model, args, tag, names, converted_card(model, checkpoint.name))
-    _logger.info(f'Wrote {out_dir}: train.py --model {model_name} --initial-checkpoint {out_dir}/model.safetensors')
+        grafted = complete is not state_dict
+        card = converted_card(model, checkpoint.name, grafted=grafted)
+        _write(folder, model, args, tag or (f'{GRAFT}custom' if grafted else 'custom'), names, card)
+    _logger.info(
+        f'Wrote {out_dir}: train.py --model {model_name} --num-classes {model.num_classes} '
+        f'--initial-checkpoint {out_dir}/model.safetensors')
     return out_dir
 
 
@@ -230,10 +263,18 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False, **ex
         api.create_repo(repo_id, private=private, exist_ok=True)
         public = private and not api.model_info(repo_id).private
         if not public:
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message='Upload with timm_ela')
+            with TemporaryDirectory() as temporary:
+                for name in FILES:
+                    shutil.copy(folder / name, temporary)
+                card = Path(temporary, 'README.md')  # names the repository that it stands in
+                text = card.read_text(encoding='utf-8').replace(PLACEHOLDER, f'hf-hub:{repo_id}')
+                card.write_text(text, encoding='utf-8')
+                commit = api.upload_folder(
+                    repo_id=repo_id, folder_path=temporary, commit_message='Upload with timm_ela')
             return commit.commit_url
     except Exception as error:  # the Hub's errors, its HTTP client's and its Xet store's have no common base
+        reason = ' '.join(f'{error} {error.__cause__ or ""}'.split()).rstrip('.')
         raise RuntimeError(
-            f'{repo_id}: {error} Nothing was published; run the same command again once that is mended.') from error
+            f'{repo_id} on {api.endpoint}: {reason}. The repository is as it was before, or complete: run the same '
+            'command again, which uploads only what is missing.') from error
     raise PermissionError(f'{repo_id} exists and is public: make it private on the Hub first, or drop --private.')

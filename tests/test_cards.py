@@ -1,0 +1,108 @@
+"""weights_cards/, the README's table of models and timm's registry say the same; `make cards` writes the first two."""
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import timm
+from huggingface_hub import ModelCard
+from timm.models import get_arch_pretrained_cfgs
+
+from timm_ela import catalog
+from timm_ela.catalog import BACKBONES
+from timm_ela.layers import ATTN_LAYERS
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / 'weights_cards'))
+import make_cards as cards  # noqa: E402  not of the package
+
+CARDS = {f'{backbone}.md': backbone for backbone in dict.fromkeys(BACKBONES.values())}
+START, END = '<!-- models: make cards -->\n', '<!-- end of models -->'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _counted_once():
+    """Cards and table are about the same 50 models."""
+    with pytest.MonkeyPatch.context() as patch:
+        count = cache(catalog.count)
+        for module in (cards, catalog):
+            patch.setattr(module, 'count', count)
+        yield
+
+
+def text(name: str) -> str:
+    return (ROOT / 'weights_cards' / name).read_text(encoding='utf-8')
+
+
+def table(markdown: str, header: str) -> list[list[str]]:
+    """The rows of the table whose header begins so, without the marks of code."""
+    lines = markdown.split(f'| {header}', 1)[1].split('\n\n')[0].splitlines()[2:]
+    return [[cell.strip(' `') for cell in line.strip('|').split('|')] for line in lines if line.startswith('|')]
+
+
+def test_there_is_one_card_for_each_backbone():
+    assert {path.name for path in (ROOT / 'weights_cards').glob('*.md')} == set(CARDS)
+
+
+@pytest.mark.parametrize('name', CARDS)
+def test_a_card_is_what_make_cards_writes(name):
+    assert text(name) == cards.backbone_card(CARDS[name])
+
+
+def test_the_readmes_table_is_what_make_cards_writes():
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert readme.count(START) == readme.count(END) == 1
+    assert readme.split(START)[1].split(END)[0].strip() == cards.models_table()
+
+
+def test_registry_cards_and_readme_have_the_same_80_names():
+    names = {n for module in ('attn_resnet', 'attn_mobilenetv2') for n in timm.list_models(module=module)}
+    assert len(names) == 80 and names == set(BACKBONES)
+    in_cards = [row[0] for name in CARDS for row in table(text(name), 'model |')]
+    assert sorted(in_cards) == sorted(names | set(BACKBONES.values()))
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8').split(START)[1]
+    layers = re.findall(r'`_(\w+)`', readme.splitlines()[0])
+    in_readme = {f'{prefix}_{layer}': base for prefix, base, *_ in table(readme, 'prefix |') for layer in layers}
+    assert in_readme == BACKBONES and layers == list(ATTN_LAYERS)
+
+
+@pytest.mark.parametrize('name', CARDS)
+def test_a_cards_tags_are_those_that_timm_serves_for_the_plain_model(name):
+    plain = [cfg for cfg in get_arch_pretrained_cfgs(CARDS[name]).values() if cfg.hf_hub_id]
+    rows = table(text(name), 'tag |')
+    assert [row[:2] for row in rows] == [[f'graft_{cfg.tag}', cfg.hf_hub_id] for cfg in plain]
+    assert [row[2] for row in rows] == [cfg.license or 'not stated' for cfg in plain]
+    assert f'Default: `graft_{timm.get_pretrained_cfg(CARDS[name]).tag}`' in text(name)
+
+
+@pytest.mark.parametrize('name', CARDS)
+def test_a_card_is_a_valid_model_card(name):
+    card = ModelCard.load(ROOT / 'weights_cards' / name)
+    assert (card.data.library_name, card.data.pipeline_tag) == ('timm', 'image-classification')
+    assert {'timm', 'ela'} <= set(card.data.tags)
+    assert card.data.base_model == [row[1] for row in table(card.text, 'tag |')]
+    licenses = {row[2] for row in table(card.text, 'tag |')}
+    assert card.data.license == (licenses.pop() if len(licenses) == 1 else 'other')
+    assert '2403.01123' in card.text and '## Limits' in card.text and 'untrained' in card.text
+
+
+@pytest.mark.parametrize('name', CARDS)
+def test_the_code_of_a_card_names_a_model_of_its_backbone_and_a_tag_that_there_is(name):
+    blocks = re.findall(r'```python\n(.*?)```', text(name), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        compile(block, name, 'exec')
+    for model in re.findall(r"create_model\('([^']+)'", ''.join(blocks)):
+        arch = model.partition('.')[0]
+        assert BACKBONES[arch] == CARDS[name] and model in get_arch_pretrained_cfgs(arch)
+
+
+def test_make_cards_writes_the_cards_and_the_readmes_table_and_nothing_else(tmp_path):
+    (tmp_path / 'weights_cards').mkdir()
+    (tmp_path / 'README.md').write_text(f'before\n{START}old\n{END}\nafter\n', encoding='utf-8')
+    cards.write_all(tmp_path)
+    assert {path.name: path.read_text(encoding='utf-8') for path in (tmp_path / 'weights_cards').iterdir()} == {
+        name: text(name) for name in CARDS}
+    assert (tmp_path / 'README.md').read_text(encoding='utf-8') == (
+        f'before\n{START}{cards.models_table()}\n{END}\nafter\n')
