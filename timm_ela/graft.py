@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 GRAFT = 'graft_'  # tag prefix
 _SCALE = 4
 # The parameters that take the factor, by the block that holds the module; subclasses come first.
-_SCALED: dict[Any, tuple[str, ...]] = {
+_SCALED = {
     InnerAttnBottleneck: ('conv3.weight',),
     Bottleneck: ('bn3.weight', 'bn3.bias'),
     BasicBlock: ('bn2.weight', 'bn2.bias'),
@@ -49,8 +49,9 @@ def graft_cfgs(name: str, base: str) -> dict[str, PretrainedCfg]:
 
 
 def _attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    blocks: Any = tuple(_SCALED)
     for name, module in model.named_modules():
-        if isinstance(module, tuple(_SCALED)) and not isinstance(module.se, nn.Identity | None):
+        if isinstance(module, blocks) and not isinstance(module.se, nn.Identity | None):
             yield f'{name}.', module
 
 
