@@ -44,7 +44,8 @@ def _run(args: argparse.Namespace) -> None:
     if not Path(args.script).is_file():
         raise FileNotFoundError(f'There is no script {args.script}.')
     sys.argv = [args.script, *args.args]
-    sys.path[0] = str(Path(args.script).resolve().parent)  # as `python SCRIPT` has it
+    if not getattr(sys.flags, 'safe_path', False):  # as `python SCRIPT` has it, where that is not switched off
+        sys.path[0] = str(Path(args.script).resolve().parent)
     runpy.run_path(args.script, run_name='__main__')
 
 
