@@ -13,7 +13,7 @@ def environment(changes: Mapping[str, object] | None = None) -> dict[str, str]:
     """This process's environment without what would change the meaning of a test, then with the changes."""
     leaks = ('PYTEST_', 'PYTHON', 'TORCH', 'TIMM', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_')
     env = {k: v for k, v in os.environ.items() if not k.startswith(leaks)}
-    return {**env, 'HF_HUB_OFFLINE': '1', **{k: str(v) for k, v in (changes or {}).items()}}
+    return {**env, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', **{k: str(v) for k, v in (changes or {}).items()}}
 
 
 def run(

@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 
 _TARGET = 'timm.models'
 _MODEL_MODULES = ('attn_resnet', 'attn_mobilenetv2')
+_KNOWN_TIMM = ('1.0.31',)  # versions that passed the tests: make compat
 _installed = False
 
 
@@ -22,7 +23,8 @@ def register_models() -> None:
         except Exception as error:  # whatever a changed timm raises, timm itself must go on
             version = getattr(sys.modules.get('timm'), '__version__', 'unknown')
             warnings.warn(
-                f'timm_ela.{name} is not registered with timm {version}: {type(error).__name__}: {error}', stacklevel=2)
+                f'timm_ela.{name} is not registered with timm {version}: {type(error).__name__}: {error}. '
+                f'Known to work: timm {", ".join(_KNOWN_TIMM)}.', stacklevel=2)
 
 
 class _RegisterAfterTimm(MetaPathFinder):

@@ -44,32 +44,32 @@ def _run(args: argparse.Namespace) -> None:
     if not Path(args.script).is_file():
         raise FileNotFoundError(f'There is no script {args.script}.')
     sys.argv = [args.script, *args.args]
-    sys.path[0] = str(Path(args.script).resolve().parent)  # as `python SCRIPT` has it
+    if not getattr(sys.flags, 'safe_path', False):  # as `python SCRIPT` has it, where that is not switched off
+        sys.path[0] = str(Path(args.script).resolve().parent)
     runpy.run_path(args.script, run_name='__main__')
+
+
+def _given(args: argparse.Namespace) -> dict:
+    """The options of weights that stand on the command line; publish.py has the defaults of the others."""
+    return {k: getattr(args, k) for k in ('tag', 'ema', 'class_names', 'checkpoint', 'license') if k in args}
 
 
 def _convert(args: argparse.Namespace) -> None:
     from .publish import convert_checkpoint
 
-    convert_checkpoint(
-        args.checkpoint, args.model, args.out_dir, tag=args.tag, ema=args.ema, class_names=args.class_names,
-        force=args.force)
-
-
-def _export_options(args: argparse.Namespace) -> dict:
-    return {k: getattr(args, k) for k in ('tag', 'ema', 'class_names', 'checkpoint', 'license')}
+    convert_checkpoint(args.source, args.model, args.out_dir, force=args.force, **_given(args))
 
 
 def _export(args: argparse.Namespace) -> None:
     from .publish import export_run
 
-    export_run(args.run_dir, args.out_dir, force=args.force, **_export_options(args))
+    export_run(args.run_dir, args.out_dir, force=args.force, **_given(args))
 
 
 def _push(args: argparse.Namespace) -> None:
     from .publish import push_folder
 
-    print(push_folder(args.folder, args.repo_id, private=args.private, **_export_options(args)))
+    print(push_folder(args.folder, args.repo_id, private=args.private, **_given(args)))
 
 
 def _plot(args: argparse.Namespace) -> None:
@@ -84,12 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     # Takes --debug after the command, where one adds it to a line that failed.
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--debug', action='store_true', help='show the traceback of an error')
-    weights = argparse.ArgumentParser(add_help=False)
+    weights = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     weights.add_argument('--tag', help='tag of the weights')
-    weights.add_argument('--no-ema', dest='ema', action='store_false', help='take the raw weights, not their average')
+    weights.add_argument(
+        '--no-ema', dest='ema', action='store_false', default=argparse.SUPPRESS,
+        help='take the raw weights, not their average')
     weights.add_argument('--class-names', metavar='FILE', help='text file with one class name a line')
-    run = argparse.ArgumentParser(add_help=False)
-    run.add_argument('--checkpoint', metavar='NAME', default='model_best.pth.tar', help='which one of the run\'s')
+    run = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    run.add_argument('--checkpoint', metavar='NAME', help='which one of the run\'s (default: model_best.pth.tar)')
     run.add_argument('--license', help='licence of the weights; by default that of the graft the run began with')
     commands: argparse._SubParsersAction = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
@@ -114,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         _convert, 'convert', 'graft a plain checkpoint, or rename an author\'s, and write it as a folder',
         'resnet50.pth --model resnet50_ela_b grafted', weights)
-    sub.add_argument('checkpoint', help='.pth.tar of train.py, .pth or .safetensors of the plain model')
+    sub.add_argument(
+        'source', metavar='checkpoint', help='.pth.tar of train.py, .pth or .safetensors of the plain model')
     sub.add_argument('out_dir', help='folder to write')
     sub.add_argument('--model', required=True, help='model of ours')
     sub.add_argument('--force', action='store_true', help='replace the folder')

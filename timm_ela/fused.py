@@ -87,7 +87,7 @@ def ela(
 ) -> Tensor:
     """The same as `ela_reference`, at less cost in eager mode; arguments, result and errors as in `ela_gates`."""
     args = (conv_weight, norm_weight, norm_bias, norm_groups, eps)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return ela_reference(x, *args)  # a compiler fuses it by itself, and an export needs nothing of ours to run
     a_h, a_w = ela_gates(x, *args)
     a_h, a_w = a_h.unsqueeze(3), a_w.unsqueeze(2)  # (N, C, H, 1), (N, C, 1, W)

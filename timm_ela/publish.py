@@ -96,6 +96,7 @@ def _write(
     # The head's size stands at the top level; transformers would pass this copy to timm a second time, and fail.
     config['model_args'].pop('num_classes', None)
     path.write_text(json.dumps(config, indent=2) + '\n')
+    shutil.copymode(path, folder / 'model.safetensors')  # safetensors lets only its owner read it
     (folder / 'README.md').write_text(card, encoding='utf-8')
 
 
@@ -241,9 +242,9 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False, **ex
 
     Raises:
         FileNotFoundError: If the folder lacks one of the three files.
-        ValueError: If repo_id is not OWNER/NAME.
+        ValueError: If repo_id is not OWNER/NAME, or arguments of `export_run` come with an exported folder.
         PermissionError: If there is no token, or private is asked of a repository that is public.
-        RuntimeError: If the Hub refuses or breaks off: nothing of it is published then.
+        RuntimeError: If the Hub refuses or breaks off: the repository is as it was then, for a commit is atomic.
     """
     folder = Path(folder)
     validate_repo_id(repo_id)
@@ -257,6 +258,8 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False, **ex
     for name in FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(f'{folder} has no {name}: push a folder that `timm-ela export` wrote, or a run.')
+    if export:
+        raise ValueError(f'{folder} is exported already, so {", ".join(export)} cannot be set: give them to export.')
 
     api = HfApi(library_name='timm_ela')
     try:

@@ -1,0 +1,271 @@
+"""The command line: what it prints, and what bad input gets: one line on stderr, exit code 2, and nothing written."""
+import json
+import os
+import pickle
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import AUTOLOAD_OFF, run
+from PIL import Image
+
+import timm_ela
+from timm_ela import cli, publish
+from timm_ela.catalog import describe, model_names
+
+COMMANDS = ('list', 'run', 'convert', 'export', 'push', 'plot')
+MODEL, PLAIN = 'mobilenetv2_050_ela_t', 'mobilenetv2_050'  # the smallest
+MODULE = (sys.executable, '-m', 'timm_ela')
+
+
+@pytest.fixture
+def fails(capsys) -> Callable[..., str]:
+    """Runs a command that must end with exit code 2 and exactly one line on stderr, which it gives."""
+    def fails(*words: object) -> str:
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        err = err.lstrip('\r')  # push wipes its progress bar away
+        assert (end.value.code, out) == (2, '')
+        assert err.endswith('\n') and len(err.splitlines()) == 1, err
+        assert err.startswith('timm-ela') and ': error: ' in err
+        return err
+    return fails
+
+
+# list
+@pytest.mark.parametrize('pattern, count', [('mobilenetv2_050_*', 8), ('*18_ela_*', 4), ('resnet18_ca', 1)])
+def test_list_tells_the_names_that_the_filter_finds_and_their_counts(capsys, pattern, count):
+    cli.main(['list', pattern, '--json'])
+    models = json.loads(capsys.readouterr().out)
+    assert {m['name'] for m in models} == set(model_names(pattern)) == set(timm.list_models(pattern))
+    assert len(models) == count
+    for m in models:
+        assert m.keys() == {'name', 'backbone', 'params', 'macs', 'tags'}
+        info = describe(m['name'])
+        assert (m['backbone'], m['params'], m['macs'], m['tags']) == (
+            info.backbone, info.params, info.macs, list(info.tags))
+
+
+def test_the_counts_are_those_of_the_paper_and_of_the_model():
+    info = describe('resnet18_ela_b')
+    assert info.params == 11_689_512 + 17_280
+    assert info.params == sum(p.numel() for p in timm.create_model('resnet18_ela_b').parameters())
+    assert info.backbone == 'resnet18' and 1.81e9 < info.macs < 1.82e9  # plain resnet18: 1.814e9
+    assert info.tags[0] == f'graft_{timm.get_pretrained_cfg("resnet18").tag}' and 'graft_tv_in1k' in info.tags
+
+
+def test_list_is_a_table_below_each_paper_with_the_default_tag_or_all_tags(capsys):
+    cli.main(['list', 'resnet18_*'])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    papers = [words for words in lines if words[-1].startswith('https://arxiv.org/abs/')]
+    assert len(papers) == 8 and papers[1] == ['ELA-B', '-', 'https://arxiv.org/abs/2403.01123']
+    models = [words for words in lines if words not in papers]
+    assert {words[0] for words in models} == set(model_names('resnet18_*'))
+    tags = list(describe('resnet18_ela_b').tags)
+    assert models[1] == ['resnet18_ela_b', '11.707', 'M', 'params', '1.814', 'G', 'mult-adds', tags[0], '(+6)']
+    assert models[-1][-1] == 'mult-adds'  # has no weights
+    cli.main(['list', 'resnet18_ela_b', '--tags'])
+    assert capsys.readouterr().out.splitlines()[1].split()[-7:] == tags
+
+
+# Help
+@pytest.mark.parametrize('command', COMMANDS)
+def test_the_help_of_a_command_holds_one_example_and_it_parses(capsys, command):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, '--help'])
+    assert end.value.code == 0
+    examples = [line for line in capsys.readouterr().out.splitlines() if line.startswith('example:')]
+    assert len(examples) == 1
+    program, *words = shlex.split(examples[0].removeprefix('example: '))
+    assert program == 'timm-ela' and cli._parser().parse_args(words).command == command
+
+
+def test_the_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(['--help'])
+    out = capsys.readouterr().out
+    assert all(f'\n    {command} ' in out for command in COMMANDS)
+    with pytest.raises(SystemExit):
+        cli.main(['--version'])
+    assert capsys.readouterr().out.strip() == timm_ela.__version__
+
+
+# Bad input
+class Code:
+    """Pickles as code that makes a file where it is run."""
+
+    def __reduce__(self):
+        return os.mkdir, ('was_run',)
+
+
+def spoil(file: Path, how: str) -> None:
+    """Makes a checkpoint one that must not be taken."""
+    data, half = file.read_bytes(), file.stat().st_size // 2
+    if how == 'gone':
+        file.unlink()
+    elif how in ('code', 'module', 'list'):
+        torch.save({'code': {'state_dict': Code()}, 'module': timm.create_model(MODEL), 'list': [1]}[how], file)
+    else:
+        file.write_bytes({
+            'truncated': data[:half],
+            'corrupt': data[:half] + bytes([data[half] ^ 0xff]) + data[half + 1:],
+            'page': b'<!DOCTYPE html><html><body>404: not found</body></html>',
+            'empty': b'',
+            'raw code': pickle.dumps(Code()),
+        }[how])
+
+
+@pytest.mark.parametrize('how, told', [
+    ('gone', 'model_best.pth.tar'), ('truncated', 'truncated'), ('corrupt', 'checksum'), ('page', 'no checkpoint'),
+    ('empty', 'no checkpoint'), ('code', 'code is never run'), ('raw code', 'no checkpoint'),
+    ('module', 'save the state_dict'), ('list', 'holds a list'),
+])
+def test_a_checkpoint_that_cannot_be_read_is_named(fails, write_run, tmp_path, monkeypatch, how, told):
+    monkeypatch.chdir(tmp_path)
+    folder = write_run(timm.create_model(MODEL, num_classes=3))
+    spoil(folder / 'model_best.pth.tar', how)
+    files = sorted(tmp_path.rglob('*'))
+    for command in (['export', 'run', 'out'], ['convert', 'run/model_best.pth.tar', '--model', MODEL, 'out']):
+        line = fails(*command)
+        assert told in line and 'model_best.pth.tar' in line and 'weights_only' not in line and len(line) < 400
+    assert sorted(tmp_path.rglob('*')) == files
+
+
+@pytest.mark.parametrize('args, told', [
+    (None, 'no args.yaml'),
+    ('model: [', 'args.yaml is not valid YAML'),
+    ('- 1', 'args.yaml names no model'),
+    (b'\xff\xfe\x81'.decode('latin1'), 'args.yaml'),
+    ('model: resnet18_ela_x', "knows no model 'resnet18_ela_x'"),
+    ('model: mobilenetv2_050_ela_t.graft_x', 'graft_x'),
+    ('model: mobilenetv2_050_ela_b', 'not those of mobilenetv2_050_ela_b'),
+    ('model: mobilenetv2_050', '48 are foreign'),
+    ('model: mobilenetv2_050_ela_t\nmean: [0.5, 0.5]', 'mean'),
+])
+def test_a_run_that_is_not_one_of_train_py_is_told_why(fails, write_run, tmp_path, args, told):
+    folder = write_run(timm.create_model(MODEL, num_classes=3))
+    (folder / 'args.yaml').unlink()
+    if args is not None:
+        (folder / 'args.yaml').write_text(args, encoding='latin1')
+    assert told in fails('export', folder, tmp_path / 'new' / 'out')
+    assert sorted(tmp_path.iterdir()) == [folder]
+
+
+def without(state_dict: dict, *parts: str) -> dict:
+    return {k: v for k, v in state_dict.items() if not any(part in k for part in parts)}
+
+
+@pytest.mark.parametrize('name, change, model, told', [
+    (MODEL, lambda d: without(d, '1.0.se.conv'), MODEL, "lacks 1 of 48 ELA weights, first 'blocks.1.0.se.conv.weight'"),
+    (MODEL, lambda d: d, MODEL, "has the attention's weights already"),
+    ('mobilenetv2_100', lambda d: d, MODEL, 'must be one of the plain model'),
+    (PLAIN, lambda d: without(d, 'conv_head'), MODEL, "lacks 1 weights, first 'conv_head.weight'"),
+    (PLAIN, lambda d: without(d, 'conv_stem'), MODEL, "first 'conv_stem.weight'"),
+    (PLAIN, lambda d: without(d, 'classifier'), MODEL, "first 'classifier.weight'"),
+    (PLAIN, lambda d: {'net': d}, MODEL, 'no state dict'),
+    (PLAIN, lambda d: {}, MODEL, 'no state dict'),
+    (PLAIN, lambda d: d, PLAIN, f"'{PLAIN}' is not a model of timm_ela"),
+    (PLAIN, lambda d: d, 'resnet18_ela_x', "'resnet18_ela_x' is not a model of timm_ela"),
+])
+def test_weights_that_cannot_be_grafted_are_told_why(fails, tmp_path, name, change, model, told):
+    torch.save(change(timm.create_model(name, num_classes=3).state_dict()), tmp_path / 'c.pth')
+    assert told in fails('convert', tmp_path / 'c.pth', '--model', model, tmp_path / 'out')
+    assert [path.name for path in tmp_path.iterdir()] == ['c.pth']
+
+
+@pytest.mark.parametrize('names, told', [
+    ('a\nb', 'holds 2 class names, the head has 3 outputs'), ('\xff', 'UTF-8'), (None, 'names.txt')])
+def test_class_names_must_be_as_many_as_the_heads_outputs(fails, write_run, tmp_path, names, told):
+    folder = write_run(timm.create_model(MODEL, num_classes=3))
+    if names is not None:
+        (tmp_path / 'names.txt').write_text(names, encoding='latin1')
+    line = fails('export', folder, tmp_path / 'out', '--class-names', tmp_path / 'names.txt')
+    assert told in line and 'names.txt' in line and not (tmp_path / 'out').exists()
+
+
+def test_a_folder_that_is_not_empty_is_kept(fails, write_run, tmp_path):
+    folder = write_run(timm.create_model(MODEL, num_classes=3))
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'mine').touch()
+    for out in ('out', 'out/mine'):
+        assert str(tmp_path / out) in fails('export', folder, tmp_path / out)
+    assert os.listdir(tmp_path / 'out') == ['mine']
+    cli.main(['export', str(folder), str(tmp_path / 'out'), '--force'])
+    assert 'mine' not in os.listdir(tmp_path / 'out')
+
+
+@pytest.mark.parametrize('repo_id, token, told', [
+    ('me', 'hf_x', "'me' has no owner: it must be OWNER/NAME"), ('me/x/y', 'hf_x', "'me/x/y'"),
+    ('me/--x', 'hf_x', "'me/--x'"), ('me/a b', 'hf_x', "'me/a b'"),
+    ('me/x', None, 'set HF_TOKEN'), ('me/x', 'hf_x', 'has no model.safetensors'),
+])
+def test_what_cannot_be_pushed_is_told_before_the_hub_is_asked(fails, tmp_path, monkeypatch, repo_id, token, told):
+    monkeypatch.setattr(publish, 'get_token', lambda: token)
+    monkeypatch.setattr(publish, 'HfApi', None)
+    assert told in fails('push', tmp_path, repo_id)
+
+
+@pytest.mark.parametrize('size, model, told', [(50, MODEL, 'cat.png'), (None, 'resnet18_ela_x', 'resnet18_ela_x')])
+def test_a_picture_that_does_not_decode_or_an_unknown_model_is_named(fails, tmp_path, size, model, told):
+    pytest.importorskip('matplotlib')
+    Image.new('RGB', (64, 48)).save(tmp_path / 'cat.png')
+    (tmp_path / 'cat.png').write_bytes((tmp_path / 'cat.png').read_bytes()[:size])
+    assert told in fails('plot', tmp_path / 'cat.png', '--model', model, '--no-pretrained', '-o', tmp_path / 'out.png')
+    assert not (tmp_path / 'out.png').exists()
+
+
+@pytest.mark.parametrize('words, told', [
+    ([], 'COMMAND'), (['train'], "'train'"), (['export', 'run'], 'out_dir'), (['list', '--jsn'], '--jsn'),
+    (['convert', 'a.pth', 'out'], '--model'), (['list', 'vgg*'], "'vgg*'"), (['run', 'no.py', '-x'], 'no.py'),
+    (['plot', 'no.png', '--model', 'x'], 'no.png'),
+], ids=' '.join)
+def test_a_line_that_is_not_understood_is_told_why(fails, words, told):
+    assert told in fails(*words)
+
+
+def test_an_interruption_is_one_line_too(fails, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(publish, 'export_run', interrupted)
+    assert 'KeyboardInterrupt' in fails('export', 'a', 'b')
+
+
+def test_debug_gives_the_traceback(tmp_path):
+    assert run((*MODULE, 'run', 'no.py'), exit_code=2).stderr == 'timm-ela run: error: There is no script no.py.\n'
+    failed = run((*MODULE, 'run', '--debug', 'no.py'), exit_code=1)
+    assert 'Traceback' in failed.stderr and 'FileNotFoundError' in failed.stderr
+    with pytest.raises(FileNotFoundError, match='args.yaml'):
+        cli.main(['export', str(tmp_path), str(tmp_path / 'out'), '--debug'])
+
+
+# run
+def test_run_gives_the_script_the_models_its_arguments_and_its_exit_code(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text('import sys, timm\n'
+                      'print(__name__, sys.path[0], sys.argv, timm.is_model("resnet18_ela_b"))\n'
+                      'sys.exit(3)\n')
+    words = ['--model', 'a b', '--help', '--', '--debug']
+    done = run((*MODULE, 'run', script, *words), env=AUTOLOAD_OFF, exit_code=3)
+    assert done.stdout.strip() == f'__main__ {tmp_path} {[str(script), *words]} True'
+    assert done.stderr == ''
+
+
+def test_a_scripts_own_error_keeps_its_traceback(tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text('def divide():\n    return 1 / 0\n\ndivide()\n')
+    failed = run((*MODULE, 'run', script), exit_code=1)
+    assert 'ZeroDivisionError' in failed.stderr and f'"{script}", line 2' in failed.stderr
+    assert 'timm-ela run: error' not in failed.stderr
+
+
+def test_options_of_an_export_are_refused_for_a_folder_that_is_exported(fails, tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', 'hf_x')
+    for name in publish.FILES:
+        (tmp_path / name).touch()
+    line = fails('push', tmp_path, 'me/x', '--tag', 'mine', '--no-ema')
+    assert 'exported already' in line and 'tag, ema' in line

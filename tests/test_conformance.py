@@ -1,0 +1,50 @@
+"""timm's own model tests pass on one model of each block, family and variant; `make conformance` runs them on all."""
+import sys
+from collections import defaultdict
+from xml.etree import ElementTree
+
+import conformance
+import pytest
+from helpers import ROOT, run
+
+MODELS = ('resnet18_ela_t', 'resnet50_ela_l', 'mobilenetv2_050_ela_s', 'mobilenetv2_110d_cbam')
+# One of each way in which timm's tests select models: by name, with tags, by module.
+KINDS = {
+    'test_model_forward', 'test_model_backward', 'test_model_default_cfgs', 'test_model_forward_torchscript',
+    'test_model_forward_features', 'test_model_forward_intermediates', 'test_prune_intermediate_layers_contract',
+    'test_model_forward_fx', 'test_model_backward_fx', 'test_model_forward_fx_torchscript',
+}
+
+
+def test_timms_model_tests_pass_on_our_models(tmp_path):
+    try:
+        conformance.fetch_timm_tests()
+    except conformance.Unavailable as error:
+        pytest.skip(str(error))
+    report = tmp_path / 'report.xml'
+    script = ROOT / 'tests' / 'conformance.py'
+    done = run(
+        [sys.executable, script, '-q', '--tb=short', f'--junit-xml={report}', '-k', ' or '.join(MODELS)],
+        cwd=tmp_path, exit_code=None)
+
+    cases = list(ElementTree.parse(report).getroot().iter('testcase')) if report.exists() else []
+    failed = [case.get('name') for case in cases if case.find('failure') is not None or case.find('error') is not None]
+    assert done.returncode == 0, f'{failed}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}'
+    assert not failed
+    passed = defaultdict(set)
+    for case in cases:
+        if case.find('skipped') is None:
+            kind, _, parameters = case.get('name').partition('[')
+            model = next(model for model in MODELS if model in parameters)
+            passed[model].add(kind)
+    for model in MODELS:
+        assert passed[model] >= KINDS
+
+
+def test_tests_that_cannot_be_had_say_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(conformance, 'CACHE', tmp_path / 'cache')
+    monkeypatch.setenv('PIP_NO_INDEX', '1')
+    monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path))
+    with pytest.raises(conformance.Unavailable, match='No matching distribution found for timm=='):
+        conformance.fetch_timm_tests()
+    assert not list((tmp_path / 'cache').iterdir())

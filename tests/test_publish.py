@@ -1,0 +1,329 @@
+"""A run of train.py or a plain checkpoint -> a folder -> `timm.create_model('local-dir:FOLDER', pretrained=True)`."""
+import json
+import os
+import shlex
+import sys
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
+from timm.models import load_checkpoint
+from torch import nn
+
+from timm_ela import publish
+from timm_ela.cards import run_card
+from timm_ela.publish import convert_checkpoint, export_run
+
+MODEL, PLAIN = 'mobilenetv2_050_ela_t', 'mobilenetv2_050'  # the smallest
+FILES = {'model.safetensors', 'config.json', 'README.md'}
+NAMES = ['rose', 'tulip', 'água', '日本', 'a b', 'x', 'y']
+TRAIN_ARGS = yaml.safe_load(Path(__file__).with_name('train_args.yaml').read_text())
+TRAINED = {'top1': 70.5, 'top5': 95.25}  # what write_run measured on model_best.pth.tar
+
+
+def load(folder: Path) -> nn.Module:
+    return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+
+
+def have_equal_weights(model: nn.Module, other: nn.Module) -> bool:
+    a, b = model.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def give_equal_logits(model: nn.Module, other: nn.Module) -> bool:
+    x = torch.randn(2, model.in_chans, 48, 64)
+    with torch.no_grad():
+        return torch.equal(model.eval()(x), other.eval()(x))
+
+
+def card(folder: Path) -> ModelCard:
+    return ModelCard.load(folder / 'README.md')
+
+
+def metrics(folder: Path) -> dict[str, float]:
+    return {r.metric_name[:5].replace('-', '').lower(): r.metric_value for r in card(folder).data.eval_results or []}
+
+
+@pytest.fixture
+def new_model(randomize):
+    """A model with random weights, batch norm statistics and gates: 7 classes and 3 channels unless told otherwise."""
+    return lambda name=MODEL, **kwargs: randomize(timm.create_model(name, **{'num_classes': 7, **kwargs}))
+
+
+@pytest.fixture
+def exported(new_model, write_run, tmp_path):
+    """Exports a run of a new model."""
+    def export(name: str = MODEL, **changes) -> Path:
+        return export_run(write_run(new_model(name), **changes), tmp_path / 'out')
+    return export
+
+
+# Runs
+@pytest.mark.parametrize('kwargs, args', [
+    ({}, {}),
+    ({'in_chans': 1}, {'in_chans': 1, 'mean': [0.5], 'std': [0.25]}),
+    ({'global_pool': 'max'}, {'gp': 'max'}),
+    ({'act_layer': 'silu'}, {'model_kwargs': {'act_layer': 'silu'}}),
+    ({'bn_eps': 0.1}, {'bn_eps': 0.1}),
+], ids=['plain', 'one channel', 'max pooling', 'model_kwargs', 'bn_eps'])
+def test_an_exported_run_comes_back_with_equal_weights_and_logits(new_model, write_run, tmp_path, kwargs, args):
+    model = new_model(**kwargs)
+    folder = export_run(write_run(model, **args), tmp_path / 'out')
+    loaded = load(folder)
+    assert have_equal_weights(model, loaded) and give_equal_logits(model, loaded)
+    assert (loaded.num_classes, loaded.in_chans) == (model.num_classes, model.in_chans)
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert 'num_classes' not in json.loads((folder / 'config.json').read_text())['model_args']
+
+
+def test_the_config_says_how_the_run_saw_its_images(exported):
+    seen = {'input_size': (3, 96, 128), 'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6), 'crop_pct': 0.75,
+            'interpolation': 'bilinear'}
+    args = {k: list(v) if isinstance(v, tuple) else v for k, v in seen.items()}
+    model = load(exported(**args, img_size=None, data_dir='/gone/Some Flowers'))
+    config = resolve_model_data_config(model)
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in seen} == seen
+    assert model.pretrained_cfg['tag'] == 'some_flowers' and model.pretrained_cfg['architecture'] == MODEL
+
+
+def test_the_size_is_the_one_that_was_measured_not_what_the_plain_weights_recommend(exported):
+    assert timm.get_pretrained_cfg('resnet18_ela_t').test_input_size == (3, 288, 288)
+    model = load(exported('resnet18_ela_t', pretrained=True, img_size=None, crop_pct=None))
+    config = resolve_model_data_config(model, use_test_size=True)
+    assert tuple(config['input_size']) == (3, 224, 224) and config['crop_pct'] == 0.95
+
+
+@pytest.mark.parametrize('kept, ema, force_cpu, weights, measured', [
+    (False, True, False, 'raw', TRAINED),
+    (False, False, False, 'raw', TRAINED),
+    (True, True, False, 'average', TRAINED),
+    (True, False, False, 'raw', {}),
+    (True, True, True, 'raw', TRAINED),  # train.py then measures the raw weights
+    (True, False, True, 'raw', TRAINED),
+])
+def test_the_weights_are_those_that_were_measured(
+        new_model, write_run, tmp_path, kept, ema, force_cpu, weights, measured):
+    models = {'raw': new_model(), 'average': new_model()}
+    run = write_run(models['raw'], models['average'] if kept else None, model_ema_force_cpu=force_cpu)
+    folder = export_run(run, tmp_path / 'out', ema=ema)
+    assert have_equal_weights(load(folder), models[weights])
+    assert metrics(folder) == measured
+    assert ('%' in card(folder).text) == bool(measured)
+    assert ('moving average' in card(folder).text) == (weights == 'average')
+
+
+@pytest.mark.parametrize('row, measured', [
+    ('1,2.0,1.5,12.5,50.0,0.1', {'top1': 12.5, 'top5': 50.0}),  # a resumed run: its last line is what was saved
+    ('1,2.0,nan,12.5,nan,0.1', {'top1': 12.5}),
+    ('1,2.0,,,,0.1', {}),
+])
+def test_the_accuracy_is_that_of_the_epochs_last_row(new_model, write_run, tmp_path, row, measured):
+    run = write_run(new_model())
+    with (run / 'summary.csv').open('a') as file:
+        file.write(f'{row}\r\n')
+    assert metrics(export_run(run, tmp_path / 'out')) == measured
+
+
+def test_another_checkpoint_has_its_own_epochs_accuracy(new_model, write_run, tmp_path):
+    folder = export_run(write_run(new_model()), tmp_path / 'out', checkpoint='last.pth.tar')
+    assert metrics(folder) == {'top1': 60.0, 'top5': 84.75}
+    assert not load(folder).get_classifier().bias.any()
+
+
+@pytest.mark.parametrize('name, args, base, license', [
+    (MODEL, {'pretrained': True}, 'timm/mobilenetv2_050.lamb_in1k', 'apache-2.0'),
+    (MODEL, {'pretrained': True, 'model': f'{MODEL}.graft_lamb_in1k'}, 'timm/mobilenetv2_050.lamb_in1k', 'apache-2.0'),
+    ('resnet18_ela_t', {'pretrained': True, 'model': 'resnet18_ela_t.graft_tv_in1k'}, 'timm/resnet18.tv_in1k',
+     'bsd-3-clause'),
+    (PLAIN, {'pretrained': True}, 'timm/mobilenetv2_050.lamb_in1k', 'apache-2.0'),
+    (MODEL, {'pretrained': False}, None, None),
+    (MODEL, {'pretrained': True, 'pretrained_path': '/my/plain.pth'}, None, None),
+    (MODEL, {'pretrained': True, 'initial_checkpoint': '/my/model.safetensors'}, None, None),
+])
+def test_the_base_model_and_its_licence_are_those_of_the_weights_that_the_run_began_with(
+        exported, name, args, base, license):
+    data = card(exported(name, **args)).data
+    assert (data.base_model, data.license) == (base, license)
+
+
+def test_the_card_is_a_valid_model_card_with_recipe_and_versions(exported):
+    folder = exported(data_dir='/gone/flowers', smoothing=0.0, lr=0.002, no_aug=True, hflip=0.5)
+    data, text = card(folder).data, card(folder).text
+    assert (data.library_name, data.pipeline_tag, data.model_name) == (
+        'timm', 'image-classification', f'{MODEL} on flowers')
+    assert {'timm', 'ela'} <= set(data.tags)
+    assert {(r.dataset_name, r.dataset_split, r.metric_type) for r in data.eval_results} == {
+        ('flowers', 'validation', 'accuracy')}
+    assert 'epoch 1' in text and '70.50 %' in text and '64 x 64' in text
+    assert '--smoothing 0.0' in text and '--lr 0.002' in text and '--no-aug' in text  # train.py's default smoothes
+    assert '--hflip' not in text and '/gone' not in text
+    assert timm.__version__ in text and torch.__version__ in text
+
+
+@pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason='TIMM_SCRIPTS names no folder with train.py')
+@pytest.mark.parametrize('args', [
+    {}, {'no_aug': True, 'model_ema': True, 'model_ema_decay': 0.99}, {'amp': True, 'amp_dtype': 'bfloat16'},
+    {'lr': None, 'momentum': 0.0, 'clip_grad': 1.0},
+    {'mean': [0.5, 0.5, 0.5], 'scale': [0.5, 1.0], 'opt_betas': [0.9, 0.95], 'model_kwargs': {'act_layer': 'silu'}},
+], ids=str)
+def test_the_recipe_is_what_train_py_would_read_as_this_run(monkeypatch, args):
+    monkeypatch.syspath_prepend(os.environ['TIMM_SCRIPTS'])
+    monkeypatch.setattr(sys, 'argv', ['train.py'])
+    parser = pytest.importorskip('train').parser
+    run = TRAIN_ARGS | args
+    text = run_card(timm.create_model(MODEL), run, TRAINED, dataset='', epoch=1, averaged=False, base_model=None)
+    command = text.split('```bash\n')[1].split('```')[0].replace('\\\n', '')
+    read = vars(parser.parse_args(shlex.split(command)[1:]))
+    elsewhere = {'data_dir'}
+    assert {k for k in read if k not in elsewhere and read[k] != run[k]} == set()
+
+
+def test_the_card_names_the_paper_of_the_models_own_attention(exported):
+    folder = exported('mobilenetv2_050_ca', pretrained=False)
+    assert '2103.02907' in card(folder).text and 'timm-ela' in card(folder).text
+    assert '2403.01123' not in card(folder).text and 'ela' not in card(folder).data.tags
+
+
+def test_a_model_of_timms_own_is_exported_and_called_so(exported, caplog):
+    folder = exported(PLAIN)
+    assert f'{PLAIN} is a model of timm, not one of timm_ela' in caplog.text
+    assert load(folder).num_classes == 7
+    assert 'ELA' not in card(folder).text and 'timm-ela' not in card(folder).text
+    assert 'ela' not in card(folder).data.tags
+
+
+@pytest.fixture
+def class_names(tmp_path):
+    """The data of a run: an image folder, a class map in another order, a list of names."""
+    for name in NAMES:
+        (tmp_path / 'data' / 'train' / name).mkdir(parents=True)
+        (tmp_path / 'data' / 'train' / name / '1.png').touch()
+    for folder in ('data/train', '.'):  # timm looks for a map below the folder that it reads
+        (tmp_path / folder / 'map.txt').write_text('\n'.join(reversed(NAMES)), encoding='utf-8')
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'names.txt').write_text('\n'.join(NAMES[3:] + NAMES[:3]) + '\n', encoding='utf-8-sig')
+    return tmp_path
+
+
+@pytest.mark.parametrize('file, args, names', [
+    ('names.txt', {'data_dir': '{}/data'}, NAMES[3:] + NAMES[:3]),
+    (None, {'data_dir': '{}/data', 'class_map': 'map.txt'}, NAMES[::-1]),
+    (None, {'data_dir': '{}/gone', 'class_map': '{}/map.txt'}, NAMES[::-1]),
+    (None, {'data_dir': '{}/data'}, sorted(NAMES)),
+    (None, {'data': '{}/data'}, sorted(NAMES)),
+    (None, {'data_dir': '{}/data', 'num_classes': 8}, None),
+    (None, {'data_dir': '{}/empty'}, None),
+    (None, {'data_dir': '{}/data', 'class_map': 'gone.txt'}, None),
+    (None, {'data_dir': '{}/gone'}, None),
+    (None, {}, None),
+])
+def test_class_names_come_from_the_file_or_the_class_map_or_the_data(
+        new_model, write_run, class_names, caplog, file, args, names):
+    args = {k: v.format(class_names) if isinstance(v, str) else v for k, v in args.items()}
+    run = write_run(new_model(num_classes=args.get('num_classes', 7)), **args)
+    folder = export_run(run, class_names / 'out', class_names=file and class_names / file)
+    assert json.loads((folder / 'config.json').read_text()).get('label_names') == names
+    assert load(folder).pretrained_cfg.get('label_names') == names
+    assert ('No class names are written' in caplog.text) == (names is None)
+
+
+def test_a_pushed_card_names_its_repository(exported, monkeypatch):
+    class Hub:
+        def __init__(self, **_):
+            self.create_repo = lambda *_, **__: None
+
+        def upload_folder(self, *, folder_path, **_):
+            pushed.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
+            return Namespace(commit_url='url')
+
+    pushed, folder = {}, exported()
+    monkeypatch.setattr(publish, 'HfApi', Hub)
+    monkeypatch.setattr(publish, 'get_token', lambda: 'hf_x')
+    assert publish.push_folder(folder, 'me/flowers') == 'url'
+    own = (folder / 'README.md').read_bytes()
+    assert pushed.pop('README.md') == own.replace(b'hf-hub:OWNER/NAME', b'hf-hub:me/flowers') != own
+    assert pushed == {name: (folder / name).read_bytes() for name in ('model.safetensors', 'config.json')}
+
+
+# Plain checkpoints
+@pytest.mark.parametrize('name, write', [
+    ('plain.pth', lambda model, path: torch.save(model.state_dict(), path)),
+    ('plain.pth', lambda model, path: torch.save({f'module.{k}': v for k, v in model.state_dict().items()}, path)),
+    ('plain.pth', lambda model, path: torch.save({f'_orig_mod.{k}': v for k, v in model.state_dict().items()}, path)),
+    ('plain.pth', lambda model, path: torch.save({'model': model.state_dict(), 'args': {'lr': 1}}, path)),
+    ('plain.safetensors', lambda model, path: save_file(model.state_dict(), path)),
+    ('model_best.pth.tar', lambda model, path: torch.save(
+        {'state_dict': timm.create_model(PLAIN).state_dict(), 'state_dict_ema': model.state_dict(), 'args': Namespace(
+            model=PLAIN, img_size=96, mean=[0.5, 0.5, 0.5], model_kwargs={})}, path)),
+], ids=['pth', 'module.', '_orig_mod.', 'nested', 'safetensors', 'run with an average'])
+def test_a_plain_checkpoint_becomes_an_ela_checkpoint_that_computes_the_same(new_model, tmp_path, name, write):
+    plain, file = new_model(PLAIN), tmp_path / name
+    write(plain, file)
+    folder = convert_checkpoint(file, MODEL, tmp_path / 'out')
+    model = load(folder)
+    assert type(model).__name__ == 'EfficientNet' and model.num_classes == 7
+    assert give_equal_logits(plain, model)
+    assert {path.name for path in folder.iterdir()} == FILES and 'untrained' in card(folder).text
+    fresh = timm.create_model(MODEL, num_classes=7)  # as `train.py --initial-checkpoint` loads it
+    load_checkpoint(fresh, folder / 'model.safetensors', strict=True)
+    assert have_equal_weights(fresh, model)
+    if 'tar' in name:
+        assert tuple(model.pretrained_cfg['input_size']) == (3, 96, 96) and model.pretrained_cfg['mean'][0] == 0.5
+
+
+# Folders
+def fail(error: BaseException, *_, **__):
+    raise error
+
+
+@pytest.mark.parametrize('step, error, before', [
+    ('read_args', OSError(), {'config.json': 'old'}),
+    ('read_checkpoint', OSError(), {'config.json': 'old'}),
+    ('run_card', OSError(), {'config.json': 'old'}),
+    ('save_for_hf', OSError('no space left'), {'config.json': 'old'}),
+    ('save_for_hf', OSError('no space left'), {}),
+    ('save_for_hf', KeyboardInterrupt(), None),
+])
+def test_whatever_fails_the_folder_stays_as_it_was(new_model, write_run, tmp_path, monkeypatch, step, error, before):
+    out = tmp_path / 'new' / 'out' if before is None else tmp_path / 'out'
+    run = write_run(new_model())
+    if before is not None:
+        out.mkdir()
+    for name, text in (before or {}).items():
+        (out / name).write_text(text)
+    files = sorted(tmp_path.rglob('*'))
+    monkeypatch.setattr(publish, step, partial(fail, error))
+    with pytest.raises(type(error)):
+        export_run(run, out, force=True)
+    assert sorted(tmp_path.rglob('*')) == files
+    assert {path.name: path.read_text() for path in out.glob('*')} == (before or {})
+
+
+def test_a_folder_that_is_not_empty_is_replaced_only_by_force(new_model, write_run, tmp_path):
+    run, out = write_run(new_model()), tmp_path / 'a' / 'out'
+    export_run(run, out)
+    (out / 'mine.txt').write_text('mine')
+    with pytest.raises(FileExistsError, match='--force'):
+        export_run(run, out)
+    assert {path.name for path in out.iterdir()} == FILES | {'mine.txt'}
+    export_run(run, out, force=True, tag='second')
+    assert {path.name for path in out.iterdir()} == FILES and list(out.parent.iterdir()) == [out]
+    assert load(out).pretrained_cfg['tag'] == 'second'
+
+
+@pytest.mark.parametrize('out', ['run', '.', 'run/../run'])
+def test_force_never_deletes_what_is_read(new_model, write_run, tmp_path, out):
+    run = write_run(new_model())
+    files = sorted(tmp_path.rglob('*'))
+    with pytest.raises(FileExistsError, match='must stay'):
+        export_run(run, tmp_path / out, force=True)
+    with pytest.raises(FileExistsError, match='must stay'):
+        convert_checkpoint(run / 'last.pth.tar', MODEL, tmp_path / out, force=True)
+    assert sorted(tmp_path.rglob('*')) == files

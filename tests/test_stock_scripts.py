@@ -1,0 +1,220 @@
+"""timm's own scripts, unmodified, train, validate and export our models by name alone.
+
+They are not in timm's package: TIMM_SCRIPTS names a folder with them, such as a checkout of timm's repository.
+"""
+import csv
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import AUTOLOAD_OFF, run
+from PIL import Image
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.skipif(
+    'TIMM_SCRIPTS' not in os.environ, reason='TIMM_SCRIPTS is not set: the folder of timm\'s train.py and its like')
+
+CLASSES = ('green', 'blue', 'red')
+VALIDATION = 8 * len(CLASSES)  # pictures
+STILL = ('--lr', '1e-30')  # train.py takes 0 for not given; the weights stay, the statistics of batch norm do not
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory) -> Path:
+    """Noise with a tint for each class."""
+    folder, rng = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
+    for split in ('train', 'validation'):
+        for channel, name in enumerate(CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(8):
+                pixels = rng.normal(110, 40, (48, 64, 3))
+                pixels[..., channel] += rng.normal(50, 20)
+                Image.fromarray(pixels.clip(0, 255).astype('uint8')).save(folder / split / name / f'{name}{i}.png')
+    return folder
+
+
+def script(name: str, *args: object, **kwargs) -> CompletedProcess:
+    return run([sys.executable, Path(os.environ['TIMM_SCRIPTS']).resolve() / name, *args], **kwargs)
+
+
+def train(pictures: Path, run_dir: Path, model: str, *args: object, **kwargs) -> CompletedProcess:
+    return script(
+        'train.py', '--data-dir', pictures, '--model', model, '--num-classes', len(CLASSES), '--img-size', 32,
+        '-b', 8, '-vb', VALIDATION, '-j', 1, '--device', 'cpu', '--warmup-epochs', 0,
+        '--output', run_dir.parent, '--experiment', run_dir.name, *args, **kwargs)
+
+
+def summary(run_dir: Path) -> list[dict[str, float]]:
+    with open(run_dir / 'summary.csv') as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def checkpoint(run_dir: Path) -> dict:
+    return torch.load(run_dir / 'last.pth.tar', map_location='cpu', weights_only=False)
+
+
+def is_weight(key: str) -> bool:
+    return 'running_' not in key and 'num_batches_tracked' not in key
+
+
+def result(done: CompletedProcess):
+    """What the scripts print for programs to read."""
+    return json.loads(done.stdout.partition('--result\n')[2])
+
+
+@pytest.fixture(scope='module')
+def trained(pictures, tmp_path_factory) -> Path:
+    """One epoch from scratch; timm's last batch norms at zero would keep the attention still for its first steps."""
+    run_dir = tmp_path_factory.mktemp('runs') / 'scratch'
+    train(
+        pictures, run_dir, 'resnet18_ela_b', '--epochs', 1, '--epoch-repeats', 8, '--lr', 0.02, '--model-ema',
+        '--model-ema-decay', 0.5, '--channels-last', '--grad-checkpointing', '--model-kwargs', 'zero_init_last=False')
+    return run_dir
+
+
+@pytest.fixture(scope='module')
+def validated(pictures, trained) -> CompletedProcess:
+    return script(
+        'validate.py', '--data-dir', pictures, '--model', 'resnet18_ela_b', '--num-classes', len(CLASSES),
+        '--checkpoint', trained / 'last.pth.tar', '--use-ema', '--img-size', 32, '--use-train-size',
+        '-b', VALIDATION, '-j', 1, '--device', 'cpu')
+
+
+# -- train.py ----------------------------------------------------------------------------------------------------------
+
+
+def test_train_moves_every_ela_weight(trained):
+    assert [row['epoch'] for row in summary(trained)] == [0]
+    saved = checkpoint(trained)
+    assert saved['arch'] == 'resnet18_ela_b'
+    own = {k: v for k, v in saved['state_dict'].items() if '.se.' in k}
+    assert len(own) == 8 * 3
+    for key, value in own.items():
+        assert torch.isfinite(value).all()
+        assert not torch.equal(value, saved['state_dict_ema'][key]), key  # the average lags behind what moves
+        if 'gn' in key:
+            assert not torch.equal(value, torch.full_like(value, float(key.endswith('weight')))), key
+
+
+def test_train_resumes_where_the_hook_is_off(pictures, trained, tmp_path):
+    """train.py's own flag `--device-modules` registers the models."""
+    done = train(
+        pictures, tmp_path / 'resumed', 'resnet18_ela_b', '--epochs', 2, '--lr', 0.02, '--model-ema',
+        '--device-modules', 'timm_ela', '--resume', trained / 'last.pth.tar', env=AUTOLOAD_OFF)
+    assert [row['epoch'] for row in summary(tmp_path / 'resumed')] == [1]
+    assert 'Grafted' not in done.stderr
+
+
+def test_train_does_not_know_the_names_where_hook_and_flag_are_off(pictures, tmp_path):
+    done = train(pictures, tmp_path / 'none', 'resnet18_ela_b', '--epochs', 1, env=AUTOLOAD_OFF, exit_code=1)
+    assert 'Unknown model (resnet18_ela_b)' in done.stderr
+
+
+def test_train_goes_on_from_weights_of_ours_as_torchscript(pictures, trained, tmp_path):
+    train(
+        pictures, tmp_path / 'scripted', 'resnet18_ela_b', '--epochs', 1, *STILL, '--torchscript',
+        '--initial-checkpoint', trained / 'last.pth.tar')
+    before, after = checkpoint(trained)['state_dict_ema'], checkpoint(tmp_path / 'scripted')['state_dict']
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before if is_weight(k))
+
+
+def test_train_grafts_a_plain_checkpoint(pictures, tmp_path):
+    """All but the head, which train.py always begins anew for `--pretrained-path`; compiled, and in bfloat16."""
+    plain = timm.create_model('mobilenetv2_050', num_classes=len(CLASSES))
+    save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    done = train(
+        pictures, tmp_path / 'grafted', 'mobilenetv2_050_ela_t', '--epochs', 1, *STILL, '--pretrained',
+        '--pretrained-path', tmp_path / 'plain.safetensors', '--amp', '--amp-dtype', 'bfloat16',
+        '--torchcompile', 'eager')
+    assert done.stderr.count('Grafted plain weights onto mobilenetv2_050_ela_t') == 1
+    plain, grafted = plain.state_dict(), checkpoint(tmp_path / 'grafted')['state_dict']
+    for key, value in grafted.items():
+        if not is_weight(key):
+            continue
+        if key.endswith('.se.conv.weight'):
+            assert value.std() > 0
+        elif key.startswith('classifier.'):
+            assert not torch.equal(value, plain[key])
+        else:
+            follows_ela = key.endswith('conv_pwl.weight') and key.replace('conv_pwl', 'se.conv') in grafted
+            expected = torch.zeros_like(value) if '.se.gn.' in key else plain[key] * (4 if follows_ela else 1)
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-20, msg=key)
+
+
+# -- validate.py, inference.py -----------------------------------------------------------------------------------------
+
+
+def test_validate_repeats_the_metrics_of_training(trained, validated):
+    """Of the averaged weights, as train.py's are with `--model-ema`."""
+    [row] = summary(trained)
+    assert row['eval_top1'] > 34  # more than one class for all would give
+    assert result(validated)['top1'] == pytest.approx(row['eval_top1'], abs=1e-3)
+    loss = float(re.search(r'Loss:\s+([\d.]+)', validated.stderr)[1])  # one batch holds all pictures
+    assert loss == pytest.approx(row['eval_loss'], rel=1e-3)
+
+
+def test_inference_names_the_same_classes(pictures, trained, validated, tmp_path):
+    pytest.importorskip('pandas')
+    script(
+        'inference.py', '--data-dir', pictures, '--model', 'resnet18_ela_b', '--num-classes', len(CLASSES),
+        '--checkpoint', trained / 'last.pth.tar', '--img-size', 32, '--use-train-size', '-b', 5, '-j', 1,
+        '--device', 'cpu', '--label-type', 'none', '--include-index', '--results-dir', tmp_path, '--results-file',
+        'inference', '--no-console-results')
+    with open(tmp_path / 'inference.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == VALIDATION
+    folders = sorted(CLASSES)
+    right = [row['filename'].startswith(folders[int(row['index'])]) for row in rows]
+    assert 100 * sum(right) / len(right) == pytest.approx(result(validated)['top1'], abs=1e-3)
+
+
+# -- benchmark.py ------------------------------------------------------------------------------------------------------
+
+
+def test_benchmark_measures_inference_and_training():
+    done = script(
+        'benchmark.py', '--model', 'mobilenetv2_050_ela_t', '--bench', 'both', '--device', 'cpu', '-b', 2,
+        '--img-size', 32, '--num-warm-iter', 1, '--num-bench-iter', 5, '--num-classes', 10)
+    measured = result(done)
+    assert measured['model'] == 'mobilenetv2_050_ela_t'
+    assert measured['infer_samples_per_sec'] > 0
+    assert measured['train_samples_per_sec'] > 0
+    count = sum(p.numel() for p in timm.create_model('mobilenetv2_050_ela_t', num_classes=10).parameters())
+    assert measured['param_count'] == pytest.approx(count / 1e6, abs=0.006)
+
+
+# -- onnx_export.py ----------------------------------------------------------------------------------------------------
+
+
+def sizes(flags: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    yield 32, 32
+    if '--dynamic-size' in flags:
+        yield 48, 80
+
+
+@pytest.mark.parametrize('flags', [('--dynamic-size',), ('--dynamo',)], ids=' '.join)
+def test_onnx_export_computes_the_same(trained, tmp_path, flags):
+    pytest.importorskip('onnx')
+    if '--dynamo' in flags:
+        pytest.importorskip('onnxscript')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    script(
+        'onnx_export.py', tmp_path / 'model.onnx', '--model', 'resnet18_ela_b', '--num-classes', len(CLASSES),
+        '--checkpoint', trained / 'last.pth.tar', '--img-size', 32, *flags)
+    model = timm.create_model(
+        'resnet18_ela_b', num_classes=len(CLASSES), checkpoint_path=trained / 'last.pth.tar').eval()
+    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
+    for height, width in sizes(flags):
+        x = torch.randn(1, 3, height, width)
+        [logits] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-4, atol=1e-4)
