@@ -1,16 +1,19 @@
 """What a user gets from the package index: a wheel that carries the package, its licence and its hook, and no more."""
+import re
 import shutil
 import site
 import sys
 import tarfile
 import venv
 import zipfile
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from compat import VERSIONS
 from helpers import ROOT, run
 
-from timm_ela import __version__
+from timm_ela import __version__, autoload
 
 SOURCES = {f'timm_ela/{path.name}' for path in (ROOT / 'timm_ela').iterdir() if path.suffix == '.py'}
 
@@ -79,3 +82,16 @@ def test_the_wheel_alone_brings_hook_and_command_and_uninstalls_without_a_trace(
     run([clean_python, '-m', 'pip', 'uninstall', '--yes', 'timm-ela'])
     assert files() == before
     assert run(count).stdout == '0 False\n'
+
+
+def test_metadata_readme_and_error_name_the_versions_that_make_compat_tests():
+    python, pinned = VERSIONS['lowest']
+    pins = dict(requirement.split('==') for requirement in pinned)
+    bounds = dict(re.findall(r'^([\w-]+)>=([\d.]+)$', '\n'.join(requires('timm-ela')), re.MULTILINE))
+    assert {name: bounds[name].split('.') for name in pins} == {
+        name: version.split('.')[:len(bounds[name].split('.'))] for name, version in pins.items()}
+    rows = re.findall(r'^\| (?:lowest|highest) \| (.*) \|$', (ROOT / 'README.md').read_text(), re.MULTILINE)
+    assert rows[0].split(' | ') == [python, *pins.values()]
+    assert rows[1].split(' | ')[0] == VERSIONS['highest'][0]
+    timm_column = [row.split(' | ')[2] for row in rows]
+    assert tuple(dict.fromkeys(timm_column)) == autoload._KNOWN_TIMM
