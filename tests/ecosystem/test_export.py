@@ -27,7 +27,8 @@ def test_onnx_with_dynamic_sizes_equals_pytorch_in_onnxruntime(execute, write_my
                 y = torch.from_numpy(session.run(None, {{session.get_inputs()[0].name: x.numpy()}})[0])
                 expected = model(x)
                 assert expected.std() > 1e-2
-                torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+                # of the greatest logit: float32 itself is off by 5e-4 from float64 where logits are about 30
+                assert (y - expected).abs().max() < 1e-4 * expected.abs().max()
             size = sum(path.stat().st_size for path in Path().glob(f'{{name}}*')) / 2**20
             print(name, 'opset', graph.opset_import[0].version, f'{{size:.1f}} MiB')
     ''', 'ONNX')
