@@ -4,16 +4,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint conformance cards
+ECOSYSTEM := .venv-ecosystem
+
+.PHONY: demo test lint types ecosystem compat conformance cards
 
 demo: $(INSTALLED)
 	$(BIN)/python tests/demo.py
 
-test: lint
+test: lint types
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+# The README's section 'Use it in', with the real libraries.
+ecosystem: $(ECOSYSTEM)/.installed
+	$(ECOSYSTEM)/bin/python -m pytest -n 2 tests/ecosystem
+
+# A part of the tests with the lowest and the highest versions that the metadata admits, each in an environment of its own.
+compat:
+	$(PYTHON) tests/compat.py
 
 # timm's own test suite over all of our models; `make test` runs a part of it.
 conformance: $(INSTALLED)
@@ -26,4 +39,9 @@ cards: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo]'
+	touch $@
+
+$(ECOSYSTEM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(ECOSYSTEM)
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ecosystem]' pytest pytest-xdist
 	touch $@

@@ -73,7 +73,7 @@ class EfficientLocalAttention(nn.Module):
         if variant not in VARIANTS:
             raise ValueError(f'Unknown ELA variant {variant!r}: it is one of {", ".join(map(repr, VARIANTS))}.')
         given = dict(kernel_size=kernel_size, group_size=group_size, num_groups=num_groups)
-        size = {k: default if given[k] is None else given[k] for k, default in VARIANTS[variant].items()}
+        size = {**VARIANTS[variant], **{k: v for k, v in given.items() if v is not None}}
         for name, value in size.items():
             if value < 1 or (name == 'kernel_size' and value % 2 == 0):
                 raise ValueError(f'ELA needs a positive{" odd" if name == "kernel_size" else ""} {name}, got {value}.')

@@ -36,7 +36,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f'There is no checkpoint {path}.')
     broken = 'is truncated, corrupt or no checkpoint'
     try:
-        checkpoint = load_file(path) if path.suffix == '.safetensors' else _load_weights_only(path)
+        checkpoint: Any = load_file(path) if path.suffix == '.safetensors' else _load_weights_only(path)
     except pickle.UnpicklingError as error:  # torch's own words are many, and advise to run the pickle's code
         found = re.search(r'GLOBAL ([\w.]+)', str(error))
         what = f'holds {found[1]}, and code is never run: save the state_dict alone' if found else broken
@@ -138,5 +138,5 @@ def read_class_names(args: dict[str, Any], num_classes: int, file: str | Path | 
             class_to_idx = load_class_map(class_map)
     except (AssertionError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         _logger.warning(f'The class names of the run cannot be read (any more): {error}')
-    names = sorted(class_to_idx, key=class_to_idx.get)
+    names = sorted(class_to_idx, key=class_to_idx.__getitem__)
     return names if sorted(class_to_idx.values()) == list(range(num_classes)) else None

@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     run = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     run.add_argument('--checkpoint', metavar='NAME', help='which one of the run\'s (default: model_best.pth.tar)')
     run.add_argument('--license', help='licence of the weights; by default that of the graft the run began with')
-    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    commands: argparse._SubParsersAction = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
     def command(function, name: str, help: str, example: str, *parents) -> argparse.ArgumentParser:
         sub = commands.add_parser(

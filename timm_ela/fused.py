@@ -17,7 +17,7 @@ def strip_gate(
 ) -> Tensor:
     """Turns one pooled strip (N, C, L) into its gate (N, C, L): sigmoid(GroupNorm(Conv1d(z)))."""
     channels, group_size, kernel_size = conv_weight.shape
-    z = F.conv1d(z, conv_weight, None, padding=kernel_size // 2, groups=channels // group_size)
+    z = F.conv1d(z, conv_weight, None, padding=[kernel_size // 2], groups=channels // group_size)
     return F.group_norm(z, norm_groups, norm_weight, norm_bias, eps).sigmoid()
 
 

@@ -49,8 +49,9 @@ def graft_cfgs(name: str, base: str) -> dict[str, PretrainedCfg]:
 
 
 def _attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    blocks: Any = tuple(_SCALED)
     for name, module in model.named_modules():
-        if isinstance(module, tuple(_SCALED)) and not isinstance(module.se, nn.Identity | None):
+        if isinstance(module, blocks) and not isinstance(module.se, nn.Identity | None):
             yield f'{name}.', module
 
 

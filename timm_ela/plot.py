@@ -177,7 +177,7 @@ def plot_attention(
         gate = ax.imshow(overlay, alpha=0.5, vmin=low, vmax=high, extent=extent, interpolation='nearest')
         ax.set_title(f'stage {stage}: {names[stage]}, {len(strip[0])}x{len(strip[1])}\n'
                      f'gate {overlay.min():.3f} to {overlay.max():.3f}', fontsize=9)
-        _draw_strips(ax, *strip, strip_limits)
+        _draw_strips(ax, strip[0], strip[1], strip_limits)
     bar = figure.colorbar(gate, cax=figure.add_axes((1 - 1.05 / all_w, 0.1, 0.2 / all_w, 0.8)))
     bar.set_label('gate: mean over channels of $a_h a_w$\n(fresh graft: 0.25)', fontsize=8)
     if classes:

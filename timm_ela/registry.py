@@ -31,7 +31,7 @@ def register_attn_models(module: str, bases: dict[str, str], create: Callable[..
         bases: Prefix of our names -> plain timm model.
         create: Called as `create(name, prefix, layer, attn_slot, pretrained, **kwargs)`.
     """
-    home = sys.modules[module]
+    home: Any = sys.modules[module]
     rows = {f'{prefix}_{layer}': (prefix, layer) for prefix in bases for layer in ATTN_LAYERS}
     MODELS.update({name: (bases[prefix], layer) for name, (prefix, layer) in rows.items()})
     home.default_cfgs = generate_default_cfgs(

@@ -1,0 +1,84 @@
+"""The README's section 'Use it in', block by block, in fresh interpreters that do not import timm_ela."""
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from helpers import ROOT, run
+from hub_server import Hub, Refusal, route
+from timm.models import save_for_hf
+from torch import nn
+
+CLASSES = ['ant', 'bee', 'cat']
+PLAIN = ('resnet50', 'mobilenetv2_100')  # whose weights the blocks ask for
+BEFORE = 'import torch; torch.set_num_threads(1); torch.manual_seed(0)'
+
+
+@route('GET', r'/api/models/[\w.-]+')
+def no_such_model(request, **_):
+    """What the Hub says to a name without an owner, which AutoBackbone takes for a model of timm then."""
+    raise Refusal(404, 'Repository not found', 'RepoNotFound')
+
+
+def readme_block(title: str) -> str:
+    """The Python block under this heading of the README's 'Use it in'."""
+    section = (ROOT / 'README.md').read_text().split('\n## Use it in\n')[1].split('\n## ')[0]
+    (code,) = re.findall(r'```python\n(.*?)```', section.split(f'\n### {title}\n')[1].split('\n### ')[0], re.DOTALL)
+    assert 'timm_ela' not in code
+    return code
+
+
+@pytest.fixture(scope='session')
+def hub(tmp_path_factory):
+    """A Hub on loopback that serves random weights in the place of timm's."""
+    root = tmp_path_factory.mktemp('hub')
+    with Hub(root) as hub:
+        for name in PLAIN:
+            model = timm.create_model(name)
+            for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+                nn.init.uniform_(norm.weight, 0.5, 1)  # timm's ResNets begin with zeros, which no gradient passes
+            save_for_hf(model, root / name, safe_serialization=True)
+            files = {file: root / name / file for file in ('config.json', 'model.safetensors')}
+            hub.add_repo(f'timm/{name}.{model.pretrained_cfg["tag"]}', files)
+        yield hub
+
+
+@pytest.fixture
+def write_my_model(tmp_path, randomize):
+    """Writes 'my-model' into the working directory: what `timm-ela export` makes of a run of train.py."""
+
+    def write(name: str = 'resnet18_ela_b') -> Path:
+        run_dir = tmp_path / 'run'
+        run_dir.mkdir(exist_ok=True)
+        args = {'model': name, 'num_classes': len(CLASSES), 'dataset': 'insects', 'img_size': 96}
+        (run_dir / 'args.yaml').write_text(yaml.safe_dump(args))
+        (run_dir / 'names.txt').write_text('\n'.join(CLASSES))
+        model = randomize(timm.create_model(name, num_classes=len(CLASSES)))
+        torch.save({'state_dict': model.state_dict(), 'epoch': 0}, run_dir / 'model_best.pth.tar')
+        run([sys.executable, '-m', 'timm_ela', 'export', run_dir, tmp_path / 'my-model',
+             '--class-names', run_dir / 'names.txt', '--force'])
+        return tmp_path / 'my-model'
+
+    return write
+
+
+@pytest.fixture
+def execute(hub, tmp_path):
+    """Executes code in a fresh interpreter, after a block of the README where a title is given."""
+
+    def execute(code: str, title: str | None = None) -> list[str]:
+        parts = [BEFORE, readme_block(title) if title else '', textwrap.dedent(code), 'print("passed")']
+        env = {
+            'HF_ENDPOINT': hub.url, 'HF_HOME': tmp_path / 'hf', 'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_XET': '1',
+            'NO_PROXY': '127.0.0.1', 'OMP_NUM_THREADS': '1', 'TORCHINDUCTOR_COMPILE_THREADS': '1',
+            'CUDA_VISIBLE_DEVICES': '',
+        }
+        lines = run([sys.executable, '-c', '\n'.join(parts)], env=env, cwd=tmp_path, timeout=900).stdout.splitlines()
+        assert lines[-1] == 'passed'
+        return lines[:-1]
+
+    return execute

@@ -1,0 +1,128 @@
+"""Libraries that take a timm model by name: segmentation_models_pytorch, torchvision, transformers."""
+import pytest
+
+EXTRA = "needs pip install 'timm-ela[ecosystem]'"
+
+
+def test_segmentation_models_pytorch(execute):
+    pytest.importorskip('segmentation_models_pytorch', reason=EXTRA)
+    execute('''
+        x, target = torch.rand(2, 3, 96, 160), torch.randint(3, (2, 96, 160))
+        unet.eval(), deeplab.eval()
+        assert torch.equal(unet(x), smp.from_pretrained('my-unet').eval()(x))
+        for model in (unet, deeplab):
+            model.train()
+            masks = model(x)
+            assert masks.shape == (2, 3, 96, 160)
+            torch.nn.functional.cross_entropy(masks, target).backward()
+            gates = [p for name, p in model.named_parameters() if '.se.gn.' in name]
+            assert len(gates) == 2 * 16
+            assert all(p.grad.abs().sum() > 0 for p in gates)
+
+        for stride in (8, 16, 32):
+            encoder = smp.encoders.get_encoder('tu-mobilenetv2_ela_t', weights=None, output_stride=stride)
+            assert encoder(x)[-1].shape[2:] == (96 // stride, 160 // stride)
+    ''', 'segmentation_models_pytorch')
+
+
+def test_torchvision_detection(execute):
+    pytest.importorskip('torchvision', reason=EXTRA)
+    execute('''
+        images = [torch.rand(3, 120, 160), torch.rand(3, 150, 110)]
+        targets = [
+            {'boxes': torch.tensor([[10.0, 20, 60, 80]]), 'labels': torch.tensor([1])},
+            {'boxes': torch.tensor([[5.0, 5, 50, 90], [30, 40, 100, 140]]), 'labels': torch.tensor([1, 2])},
+        ]
+        kwargs = dict(num_classes=3, min_size=96, max_size=160)
+        swapped = [
+            FasterRCNN(Backbone('mobilenetv2_ela_t'), rpn_anchor_generator=anchors, **kwargs),
+            RetinaNet(Backbone('resnet50_ela_b'), anchor_generator=anchors, **kwargs),
+        ]
+        for model in (rcnn, retinanet, *swapped):
+            model.transform.min_size, model.transform.max_size = (96,), 160
+            sum(model(images, targets).values()).backward()
+            gates = [p for name, p in model.named_parameters() if '.se.gn.' in name]
+            assert len(gates) == 2 * 16
+            assert all(p.grad.abs().sum() > 0 for p in gates)
+            model.eval()
+            with torch.no_grad():
+                found = model(images)
+            assert len(found) == 2
+            assert all(f['boxes'].shape == (len(f['scores']), 4) for f in found)
+    ''', 'torchvision detection')
+
+
+def test_transformers(execute, write_my_model):
+    pytest.importorskip('transformers', reason=EXTRA)
+    write_my_model()
+    execute('''
+        import numpy, timm
+        from PIL import Image
+
+        reference = timm.create_model('local-dir:my-model', pretrained=True).eval()
+        x = torch.rand(2, 3, 96, 128)
+        assert torch.equal(model.eval()(x).logits, reference(x))
+        assert model.config.id2label == {0: 'ant', 1: 'bee', 2: 'cat'}
+
+        image = Image.fromarray(numpy.random.RandomState(0).randint(0, 256, (150, 200, 3), numpy.uint8))
+        data = timm.data.resolve_model_data_config(reference)
+        assert data['input_size'] == (3, 96, 96)
+        pixels = processor(image)['pixel_values']
+        assert torch.equal(pixels, timm.data.create_transform(**data)(image)[None])
+        top = classify(image)
+        expected = reference(pixels).softmax(1)[0]
+        assert [t['label'] for t in top] == [('ant', 'bee', 'cat')[i] for i in expected.argsort(descending=True)]
+        assert abs(top[0]['score'] - expected.max().item()) < 1e-5
+
+        for name, loaded in (('resnet50_ela_b', backbone), ('local-dir:my-model', my_backbone)):
+            features = timm.create_model(name, pretrained=True, features_only=True, out_indices=(1, 2, 3, 4)).eval()
+            maps = loaded.eval()(x).feature_maps
+            assert len(maps) == 4
+            assert all(torch.equal(*pair) for pair in zip(maps, features(x)))
+        loss = model.train()(x, labels=torch.tensor([0, 2])).loss
+        loss.backward()
+        assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    ''', 'transformers')
+
+
+def test_what_transformers_cannot_do_with_a_backbone_it_cannot_do_with_plain_timm_models(execute, write_my_model):
+    pytest.importorskip('transformers', reason=EXTRA)
+    outcomes = []
+    for name in ('resnet18', 'resnet18_ela_b'):
+        write_my_model(name)
+        outcomes.append(execute('''
+            import timm
+            from transformers import AutoBackbone, TimmBackbone
+            for source in ('./my-model', 'local-dir:my-model'):
+                try:
+                    AutoBackbone.from_pretrained(source)
+                except Exception as error:
+                    print(source, type(error).__name__, error)
+                else:
+                    print(source, 'loads')
+            features = timm.create_model('local-dir:my-model', pretrained=True, features_only=True).state_dict()
+            backbone = TimmBackbone.from_pretrained('local-dir:my-model', out_indices=(0, 1, 2, 3, 4))
+            loaded = backbone._backbone.state_dict()
+            changed = {k.rpartition('.')[2] for k in features if not torch.equal(features[k], loaded[k])}
+            print('changed by from_pretrained:', *sorted(changed))
+        '''))
+    print(*outcomes[0], sep='\n')
+    assert outcomes[0] == outcomes[1]
+
+
+def test_transformers_trainer(execute, write_my_model):
+    pytest.importorskip('accelerate', reason=EXTRA)
+    write_my_model()
+    execute('''
+        import timm
+
+        before = timm.create_model('local-dir:my-model', pretrained=True).state_dict()
+        after = model.timm_model.state_dict()
+        moved = [k for k in before if '.se.' in k and not torch.equal(before[k], after[k].cpu())]
+        assert len(moved) == 3 * 8
+        x = torch.rand(2, 3, 96, 128)
+        logits = model.cpu().eval()(x).logits
+        assert logits.shape == (2, 10)
+        assert torch.equal(AutoModelForImageClassification.from_pretrained('my-finetuned').eval()(x).logits, logits)
+        assert torch.equal(timm.create_model('local-dir:my-finetuned', pretrained=True).eval()(x), logits)
+    ''', 'transformers\' Trainer')
