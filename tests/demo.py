@@ -44,20 +44,23 @@ def write_digits(folder: Path) -> None:
 
 def find_scripts() -> Path | None:
     """A folder with timm's scripts alone: beside timm's sources they would import those, not the installed timm."""
-    if os.environ.get('TIMM_SCRIPTS'):
-        return Path(os.environ['TIMM_SCRIPTS'])
+    if folder := os.environ.get('TIMM_SCRIPTS'):
+        if Path(folder, 'train.py').is_file():
+            return Path(folder)
+        print(f'TIMM_SCRIPTS={folder} holds no train.py: it must be the folder of timm\'s scripts.')
     scripts, clone = CACHE / f'timm-scripts-{timm.__version__}', CACHE / 'timm-clone'
-    if scripts.exists():
+    if (scripts / 'validate.py').exists():
         return scripts
     shutil.rmtree(clone, ignore_errors=True)
     command = ['git', 'clone', '--quiet', '--depth', '1', '--branch', f'v{timm.__version__}', REPOSITORY, str(clone)]
+    print(f'\n$ {shlex.join(command)}', flush=True)
     try:
         env = {**os.environ, 'GIT_TERMINAL_PROMPT': '0'}
         subprocess.run(command, check=True, capture_output=True, timeout=120, env=env)
     except (OSError, subprocess.SubprocessError):
         return None
-    scripts.mkdir()
-    for script in clone.glob('*.py'):
+    scripts.mkdir(exist_ok=True)
+    for script in sorted(clone.glob('*.py')):
         shutil.copy(script, scripts)
     shutil.rmtree(clone)
     return scripts

@@ -163,15 +163,24 @@ def test_an_absent_timm_does_not_break_torch():
 
 
 @pytest.mark.parametrize('where', ['folder', 'archive.zip'])  # one loader serves all modules of an archive's folder
-def test_where_registering_fails_timm_goes_on_with_a_warning_per_module(tmp_path, where):
+def test_where_registering_fails_timm_goes_on_with_one_warning_that_says_what_failed(tmp_path, where):
     path = write_timm(tmp_path / where, 'import timm.layers\n')
     done = run_python('import torch, timm; print(timm.models.__file__)', env={'PYTHONPATH': path})
     assert where in done.stdout
     warned = our_warnings(done.stderr)
-    assert len(warned) == 2
-    assert 'timm_ela.attn_resnet is not registered with timm 9.9: ImportError: cannot import name' in warned[0]
-    assert 'timm_ela.attn_mobilenetv2 is not registered with timm 9.9: ImportError: cannot import name' in warned[1]
+    assert len(warned) == 1
+    assert 'timm_ela.attn_resnet is not registered: ImportError: cannot import name' in warned[0]
+    assert 'timm_ela.attn_mobilenetv2 is not registered: ImportError: cannot import name' in warned[0]
+    assert 'This is timm 9.9; known to work: ' in warned[0]
     assert 'partially initialized module \'timm.layers\'' not in done.stderr  # too early: timm had not finished
+
+
+def test_where_warnings_are_errors_timm_goes_on_all_the_same(tmp_path):
+    path = write_timm(tmp_path, 'import timm.layers\n')
+    code = 'import warnings, torch; warnings.simplefilter("error"); import timm; print(timm.__version__)'
+    done = run_python(code, env={'PYTHONPATH': path})
+    assert done.stdout == '9.9\n'
+    assert 'timm_ela.attn_resnet is not registered' in done.stderr
 
 
 def test_a_module_that_fails_does_not_take_the_other_with_it():

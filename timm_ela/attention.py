@@ -106,7 +106,8 @@ class EfficientLocalAttention(nn.Module):
             Gated feature map (N, C, H, W), in x's dtype and memory format.
 
         Raises:
-            ValueError: If x is not 4-D with C channels, or from GroupNorm where a group holds a single value.
+            ValueError: If x is not 4-D with C channels, or from GroupNorm where a group holds a single value; compiled
+                and scripted, the errors are those of the compiler.
         """
         conv, gn = self.conv, self.gn
         if torch.jit.is_scripting():

@@ -16,15 +16,21 @@ _installed = False
 
 
 def register_models() -> None:
-    """Imports the modules whose entry points register themselves with timm; a failure is one warning."""
+    """Imports the modules whose entry points register themselves with timm; what fails is told in one warning."""
+    failed = []
     for name in _MODEL_MODULES:
         try:
             importlib.import_module(f'{__package__}.{name}')
         except Exception as error:  # whatever a changed timm raises, timm itself must go on
-            version = getattr(sys.modules.get('timm'), '__version__', 'unknown')
-            warnings.warn(
-                f'timm_ela.{name} is not registered with timm {version}: {type(error).__name__}: {error}. '
-                f'Known to work: timm {", ".join(_KNOWN_TIMM)}.', stacklevel=2)
+            failed.append(f'{__package__}.{name} is not registered: {type(error).__name__}: {error}')
+    if failed:
+        version = getattr(sys.modules.get('timm'), '__version__', 'unknown')
+        known = f'This is timm {version}; known to work: {", ".join(_KNOWN_TIMM)}.'
+        message = '. '.join([*(text.rstrip('.') for text in failed), known])
+        try:
+            warnings.warn(message, stacklevel=2)
+        except Warning:  # python -W error: it must not take timm's import with it
+            print(message, file=sys.stderr)
 
 
 class _RegisterAfterTimm(MetaPathFinder):

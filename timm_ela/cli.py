@@ -57,13 +57,15 @@ def _given(args: argparse.Namespace) -> dict:
 def _convert(args: argparse.Namespace) -> None:
     from .publish import convert_checkpoint
 
-    convert_checkpoint(args.source, args.model, args.out_dir, force=args.force, **_given(args))
+    out_dir = convert_checkpoint(args.source, args.model, args.out_dir, force=args.force, **_given(args))
+    print(f'Wrote {out_dir}: train.py --model {args.model} --initial-checkpoint {out_dir}/model.safetensors ...')
 
 
 def _export(args: argparse.Namespace) -> None:
     from .publish import export_run
 
-    export_run(args.run_dir, args.out_dir, force=args.force, **_given(args))
+    out_dir = export_run(args.run_dir, args.out_dir, force=args.force, **_given(args))
+    print(f"Wrote {out_dir}: timm.create_model('local-dir:{out_dir}', pretrained=True)")
 
 
 def _push(args: argparse.Namespace) -> None:
@@ -76,10 +78,12 @@ def _plot(args: argparse.Namespace) -> None:
     from .plot import plot_file
 
     plot_file(args.image, args.model, args.output, stages=args.stages, pretrained=args.pretrained)
+    print(f'Wrote {args.output}')
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog='timm-ela', description='Efficient Local Attention models for timm.')
+    parser = _Parser(prog='timm-ela', description='Efficient Local Attention models for timm.',
+                     epilog='COMMAND --help has an example; COMMAND --debug shows the traceback of an error.')
     parser.add_argument('--version', action='version', version=__version__)
     # Takes --debug after the command, where one adds it to a line that failed.
     common = argparse.ArgumentParser(add_help=False)
@@ -140,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         _plot, 'plot', 'draw a model\'s attention on a picture', 'cat.png --model local-dir:my-model -o attention.png')
     sub.add_argument('image', help='picture')
     sub.add_argument('--model', required=True, help='model name, hf-hub:OWNER/NAME or local-dir:FOLDER')
-    sub.add_argument('-o', '--output', default='attention.png', help='PNG to write (default: %(default)s)')
+    sub.add_argument('-o', '--output', default='attention.png', help='picture to write (default: %(default)s)')
     sub.add_argument('--stages', type=int, nargs='+', metavar='N', help='stages to draw (default: all)')
     sub.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='random weights')
     return parser

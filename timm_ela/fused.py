@@ -51,7 +51,7 @@ def ela_reference(
 def pool_strips(x: Tensor) -> tuple[Tensor, Tensor]:
     """Means of x over its width (N, C, H) and over its height (N, C, W), each by the faster way for x's layout."""
     if x.stride(1) == 1 and x.device.type == 'cpu':
-        # channels_last: mean over one axis is up to 45 times slower than pooling over the same strip
+        # channels_last: mean over one axis is far slower than pooling over the same strip
         return F.avg_pool2d(x, (1, x.shape[3])).squeeze(3), F.avg_pool2d(x, (x.shape[2], 1)).squeeze(2)
     return x.mean(3), x.mean(2)
 
@@ -85,12 +85,12 @@ def ela(
         norm_groups: int,
         eps: float = 1e-5,
 ) -> Tensor:
-    """The same as `ela_reference`, at less cost in eager mode; arguments, result and errors as in `ela_gates`."""
+    """The same as `ela_reference`, at less cost in eager mode; there, the errors are those of `ela_gates`."""
     args = (conv_weight, norm_weight, norm_bias, norm_groups, eps)
     if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return ela_reference(x, *args)  # a compiler fuses it by itself, and an export needs nothing of ours to run
     a_h, a_w = ela_gates(x, *args)
     a_h, a_w = a_h.unsqueeze(3), a_w.unsqueeze(2)  # (N, C, H, 1), (N, C, 1, W)
     y = x * a_h
-    # Without a graph the second product needs no memory of its own: allocating costs more than the arithmetic.
+    # Without a graph the second product needs no memory of its own.
     return y * a_w if y.requires_grad else y.mul_(a_w)

@@ -76,6 +76,14 @@ def _load(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
             f'another shape, {len(foreign)} are foreign, first {(wrong + foreign)[0]!r}.') from error
 
 
+def _class_names(args: dict[str, Any], model: nn.Module, file: str | Path | None) -> list[str] | None:
+    names = read_class_names(args, model.num_classes, file)
+    if names is None:
+        _logger.warning('No class names are written: neither the class map nor the data folder of the run gives '
+                        f'{model.num_classes} of them. --class-names FILE does.')
+    return names
+
+
 def _write(
         folder: Path,
         model: nn.Module,
@@ -157,16 +165,12 @@ def export_run(
             cfg.pop(key, None)
         if license:
             cfg['license'] = license
-        names = read_class_names(args, model.num_classes, class_names)
-        if names is None:
-            _logger.warning('No class names are written: neither the class map nor the data folder of the run gives '
-                            f'{model.num_classes} of them. --class-names FILE does.')
+        names = _class_names(args, model, class_names)
         dataset = Path(args.get('dataset') or args.get('data_dir') or args.get('data') or '').name or 'custom'
         card = run_card(
             model, args, metrics, dataset=dataset, epoch=saved.get('epoch'), averaged=use_average,
             base_model=cfg['hf_hub_id'].partition('@')[0] if grafted else None)
         _write(folder, model, args, tag or dataset.lower().replace(' ', '_'), names, card)
-    _logger.info(f'Wrote {out_dir}: timm.create_model(\'local-dir:{out_dir}\', pretrained=True)')
     return out_dir
 
 
@@ -218,13 +222,10 @@ def convert_checkpoint(
         _load(model, complete)
         for key in ('license', 'origin_url', 'paper_ids', 'label_names'):  # the default tag's, not this checkpoint's
             model.pretrained_cfg.pop(key, None)
-        names = read_class_names(args, model.num_classes, class_names)
+        names = _class_names(args, model, class_names)
         grafted = complete is not state_dict
         card = converted_card(model, checkpoint.name, grafted=grafted)
         _write(folder, model, args, tag or (f'{GRAFT}custom' if grafted else 'custom'), names, card)
-    _logger.info(
-        f'Wrote {out_dir}: train.py --model {model_name} --num-classes {model.num_classes} '
-        f'--initial-checkpoint {out_dir}/model.safetensors')
     return out_dir
 
 
@@ -276,7 +277,8 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False, **ex
                     repo_id=repo_id, folder_path=temporary, commit_message='Upload with timm_ela')
             return commit.commit_url
     except Exception as error:  # the Hub's errors, its HTTP client's and its Xet store's have no common base
-        reason = ' '.join(f'{error} {error.__cause__ or ""}'.split()).rstrip('.')
+        reasons = dict.fromkeys(str(e) for e in (error, error.__cause__) if e)  # the cause may say the same
+        reason = ' '.join(' '.join(reasons).split()).rstrip('.')
         raise RuntimeError(
             f'{repo_id} on {api.endpoint}: {reason}. The repository is as it was before, or complete: run the same '
             'command again, which uploads only what is missing.') from error

@@ -33,15 +33,15 @@ def register_attn_models(module: str, bases: dict[str, str], create: Callable[..
     """
     home: Any = sys.modules[module]
     rows = {f'{prefix}_{layer}': (prefix, layer) for prefix in bases for layer in ATTN_LAYERS}
-    MODELS.update({name: (bases[prefix], layer) for name, (prefix, layer) in rows.items()})
     home.default_cfgs = generate_default_cfgs(
-        {k: v for name in rows for k, v in _cfgs(name, *MODELS[name]).items()})
+        {k: v for name, (prefix, layer) in rows.items() for k, v in _cfgs(name, bases[prefix], layer).items()})
     for name, (prefix, layer) in rows.items():
         entrypoint = _entrypoint(name, prefix, layer, create)
         entrypoint.__name__ = entrypoint.__qualname__ = name
         entrypoint.__doc__ = f'{bases[prefix]} with {ATTN_LAYERS[layer].title} - {ATTN_LAYERS[layer].paper}'
         entrypoint.__module__ = module
         setattr(home, name, register_model(entrypoint))
+    MODELS.update({name: (bases[prefix], layer) for name, (prefix, layer) in rows.items()})
 
 
 def _entrypoint(name: str, prefix: str, layer: str, create: Callable[..., nn.Module]) -> Callable[..., nn.Module]:

@@ -87,6 +87,15 @@ def test_torch_compile_compiles_once_for_all_sizes(execute, write_my_model):
     ''', 'torch.compile')
 
 
+def test_the_readmes_casts_and_copies(execute, write_my_model):
+    write_my_model()
+    execute('''
+        x = torch.rand(2, 3, 64, 96)
+        assert torch.equal(again(x), model(x)) and torch.equal(average.module(x), model(x))
+        assert half(x.bfloat16()).dtype == torch.bfloat16
+    ''', 'Casts, copies, averages')
+
+
 @pytest.mark.parametrize('name', ['resnet50_ela_b', 'mobilenetv2_ela_t'])
 def test_casts_and_copies(execute, name):
     execute(f'''
