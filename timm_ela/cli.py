@@ -58,7 +58,9 @@ def _convert(args: argparse.Namespace) -> None:
     from .publish import convert_checkpoint
 
     out_dir = convert_checkpoint(args.source, args.model, args.out_dir, force=args.force, **_given(args))
-    print(f'Wrote {out_dir}: train.py --model {args.model} --initial-checkpoint {out_dir}/model.safetensors ...')
+    num_classes = json.loads((out_dir / 'config.json').read_text())['num_classes']
+    print(f'Wrote {out_dir}: train.py --model {args.model} --num-classes {num_classes} '
+          f'--initial-checkpoint {out_dir}/model.safetensors ...')
 
 
 def _export(args: argparse.Namespace) -> None:
