@@ -15,7 +15,6 @@ from . import __version__
 from .layers import ATTN_LAYERS
 from .registry import MODELS
 
-PAPER = 'https://arxiv.org/abs/2403.01123'
 CITATION = """\
 ```bibtex
 @article{xu2024ela,
@@ -111,7 +110,7 @@ def run_card(
     """
     arch = model.pretrained_cfg['architecture']
     layer = ATTN_LAYERS[MODELS[arch][1]] if arch in MODELS else None
-    ela = layer is not None and layer.paper == PAPER
+    ela = layer is not None and layer.is_ela
     names = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
     data = card_data(
         ela=ela,
@@ -164,16 +163,15 @@ def converted_card(model: nn.Module, source: str, *, grafted: bool) -> str:
     arch = model.pretrained_cfg['architecture']
     backbone, name = MODELS[arch]
     layer = ATTN_LAYERS[name]
-    ela = layer.paper == PAPER
     what = (
         f'a checkpoint of plain {backbone}, with the attention at the point where it changes nothing: it computes what '
         'the plain model does. The gates are untrained.' if grafted else 'under timm\'s names.')
     return card(
-        card_data(ela=ela),
+        card_data(ela=layer.is_ela),
         f'# {arch}, converted from {source}',
         f'`{arch}` ([{layer.title}]({layer.paper})) with the weights of `{source}`, {what}',
         f'```bash\ntrain.py --model {arch} --num-classes {model.num_classes} --initial-checkpoint model.safetensors ...'
         '\n```',
         _usage(arch),
-        *(('## Citation', CITATION) if ela else ()),
+        *(('## Citation', CITATION) if layer.is_ela else ()),
     )

@@ -1,5 +1,6 @@
 """What there is: each model with its backbone, parameters, multiply-adds and tags, read from timm's registry."""
 from dataclasses import dataclass
+from functools import cache
 
 import timm
 import torch
@@ -29,6 +30,7 @@ def model_names(pattern: str = '') -> list[str]:
     return [name for name in BACKBONES if name in found]
 
 
+@cache
 def count(name: str) -> tuple[int, int]:
     """Parameters and multiply-adds of any timm model at 224 x 224 pixels, without allocating its weights."""
     model = timm.create_model(name, device='meta').eval()

@@ -15,6 +15,8 @@ from torch import nn
 
 from .attention import VARIANTS, EfficientLocalAttention
 
+ELA_PAPER = 'https://arxiv.org/abs/2403.01123'
+
 
 class AttnLayer(NamedTuple):
     title: str
@@ -23,13 +25,17 @@ class AttnLayer(NamedTuple):
     reduction: int = 0  # hidden channels: channels // reduction, at least min_hidden; 0 where there are none
     min_hidden: int = 1
 
+    @property
+    def is_ela(self) -> bool:
+        return self.paper == ELA_PAPER
+
 
 # suffix of the models' names -> layer
 ATTN_LAYERS = {
     **{
         f'ela_{variant}': AttnLayer(
             f'ELA-{variant.upper()}',
-            'https://arxiv.org/abs/2403.01123',
+            ELA_PAPER,
             partial(EfficientLocalAttention, variant=variant),
         ) for variant in VARIANTS
     },

@@ -17,7 +17,7 @@ _OF_WEIGHTS = ('architecture', 'tag', 'license', 'description', 'origin_url', 'p
 
 def _cfgs(name: str, base: str, layer: str) -> dict[str, Any]:
     """Pretrained cfgs: grafts for ELA, else one without weights that has the plain model's data settings."""
-    if layer.startswith('ela_'):
+    if ATTN_LAYERS[layer].is_ela:
         return graft_cfgs(name, base)
     cfg = get_pretrained_cfg(base).to_dict(remove_source=True)
     return {name: {k: v for k, v in cfg.items() if k not in _OF_WEIGHTS}}

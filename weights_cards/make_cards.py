@@ -4,9 +4,9 @@ from pathlib import Path
 
 from timm.models import get_arch_pretrained_cfgs
 
-from timm_ela.cards import CITATION, PAPER, card, card_data
+from timm_ela.cards import CITATION, card, card_data
 from timm_ela.catalog import count, describe
-from timm_ela.layers import ATTN_LAYERS
+from timm_ela.layers import ATTN_LAYERS, ELA_PAPER
 from timm_ela.registry import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,8 +39,8 @@ def backbone_card(backbone: str) -> str:
             base_model=[cfg.hf_hub_id for cfg in cfgs],
         ),
         f'# {backbone} with Efficient Local Attention, and with what it is compared to',
-        f'ELA gates each feature map by what it holds along its rows and along its columns ([paper]({PAPER})), in four '
-        'sizes: t, b, s, l. The other layers sit in the same slot, for comparison.',
+        f'ELA gates each feature map by what it holds along its rows and along its columns ([paper]({ELA_PAPER})), in '
+        'four sizes: t, b, s, l. The other layers sit in the same slot, for comparison.',
         '## Models',
         table(['model', 'attention', 'parameters', 'multiply-adds'], rows),
         'At 224 x 224 pixels and 1000 classes; multiply-adds of convolutions and matrix products, by torch\'s '
