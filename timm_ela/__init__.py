@@ -17,6 +17,7 @@ _PUBLIC = {
     'VARIANTS': 'attention',
     'graft_state_dict': 'graft',
     'plot_attention': 'plot',
+    'set_fused': 'fused',
 }
 __all__ = [*_PUBLIC, '__version__']
 

@@ -2,12 +2,28 @@
 
 `ELA: Efficient Local Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2403.01123
 """
+import os
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+_FUSED = int(os.environ.get('TIMM_ELA_FUSED', '1'))
 
 
-def strip_gate(
+def set_fused(enable: bool = True) -> None:
+    """Chooses between the path that costs less and the plain formula, as `TIMM_ELA_FUSED=0` does from outside.
+
+    Args:
+        enable: Whether `ela` may take the path that costs less; else it computes `ela_reference`.
+    """
+    global _FUSED
+    _FUSED = int(enable)
+
+
+def strip_logits(
         z: Tensor,
         conv_weight: Tensor,
         norm_weight: Tensor,
@@ -15,10 +31,10 @@ def strip_gate(
         norm_groups: int,
         eps: float,
 ) -> Tensor:
-    """Turns one pooled strip (N, C, L) into its gate (N, C, L): sigmoid(GroupNorm(Conv1d(z)))."""
+    """Turns one pooled strip (N, C, L) into what its gate is the sigmoid of (N, C, L): GroupNorm(Conv1d(z))."""
     channels, group_size, kernel_size = conv_weight.shape
     z = F.conv1d(z, conv_weight, None, padding=[kernel_size // 2], groups=channels // group_size)
-    return F.group_norm(z, norm_groups, norm_weight, norm_bias, eps).sigmoid()
+    return F.group_norm(z, norm_groups, norm_weight, norm_bias, eps)
 
 
 def ela_reference(
@@ -42,8 +58,8 @@ def ela_reference(
     Returns:
         x * a_h * a_w, (N, C, H, W) in x's dtype.
     """
-    a_h = strip_gate(x.mean(3), conv_weight, norm_weight, norm_bias, norm_groups, eps)  # (N, C, H)
-    a_w = strip_gate(x.mean(2), conv_weight, norm_weight, norm_bias, norm_groups, eps)  # (N, C, W)
+    a_h = strip_logits(x.mean(3), conv_weight, norm_weight, norm_bias, norm_groups, eps).sigmoid()  # (N, C, H)
+    a_w = strip_logits(x.mean(2), conv_weight, norm_weight, norm_bias, norm_groups, eps).sigmoid()  # (N, C, W)
     # Under CUDA autocast GroupNorm returns float32, which would promote the whole activation.
     return x * a_h.to(x.dtype).unsqueeze(3) * a_w.to(x.dtype).unsqueeze(2)
 
@@ -56,6 +72,60 @@ def pool_strips(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.mean(3), x.mean(2)
 
 
+class _Pool(Function):
+    """x beside its two strips. Backward writes the strips' gradients onto the one that x comes back with."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.size = x.shape[2:]
+        return x.view_as(x), *pool_strips(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_h: Tensor, grad_w: Tensor) -> Tensor:
+        height, width = ctx.size
+        grad_h, grad_w = (grad_h / width).unsqueeze(3), (grad_w / height).unsqueeze(2)
+        if torch.is_grad_enabled():  # a graph of this backward is asked for
+            return grad + grad_h + grad_w
+        return grad.add_(grad_h).add_(grad_w)  # made by _Gate.backward, nobody else holds it
+
+
+class _Gate(Function):
+    """x * sigmoid(logits_h) * sigmoid(logits_w). Saves nothing of x's size but x, and reads it once to go back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits_h: Tensor, logits_w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, logits_h, logits_w)
+        return _gated(x, logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x, logits_h, logits_w = ctx.saved_tensors
+        a_h, a_w = logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
+        grad_x = _gated(grad, a_h, a_w)
+        # d sigmoid = a (1 - a), and a is in grad_x already: one product serves both strips
+        mean_h, mean_w = pool_strips(grad_x * x)
+        height, width = x.shape[2:]
+        return grad_x, mean_h * width * (1 - a_h), mean_w * height * (1 - a_w)
+
+
+def _gated(x: Tensor, a_h: Tensor, a_w: Tensor) -> Tensor:
+    """x (N, C, H, W) times the gates (N, C, H) and (N, C, W), in one allocation where no graph is recorded."""
+    y = x * a_h.unsqueeze(3)
+    return y * a_w.unsqueeze(2) if torch.is_grad_enabled() else y.mul_(a_w.unsqueeze(2))
+
+
+def _check(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> None:
+    if x.ndim != 4 or x.shape[1] != norm_weight.shape[0]:
+        raise ValueError(
+            f'ELA expects an input of shape (N, {norm_weight.shape[0]}, H, W), got {tuple(x.shape)}.')
+    for name, value in (('conv.weight', conv_weight), ('gn.weight', norm_weight), ('gn.bias', norm_bias)):
+        if value.device != x.device:
+            raise ValueError(f'ELA expects {name} on the input\'s device, {x.device}, got {value.device}.')
+        if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f'ELA expects {name} in the input\'s dtype, {x.dtype}, got {value.dtype}: cast one, or use autocast.')
+
+
 def ela_gates(
         x: Tensor,
         conv_weight: Tensor,
@@ -64,17 +134,11 @@ def ela_gates(
         norm_groups: int,
         eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """The two gates a_h (N, C, H) and a_w (N, C, W) in x's dtype. Arguments as in `ela_reference`.
-
-    Raises:
-        ValueError: If x is not 4-D, or its channels are not those of the weights.
-    """
-    if x.ndim != 4 or x.shape[1] != norm_weight.shape[0]:
-        raise ValueError(
-            f'ELA expects an input of shape (N, {norm_weight.shape[0]}, H, W), got {tuple(x.shape)}.')
-    z_h, z_w = pool_strips(x)
+    """The two gates a_h (N, C, H) and a_w (N, C, W) in x's dtype. Arguments and errors as in `ela`."""
+    _check(x, conv_weight, norm_weight, norm_bias)
     args = (conv_weight, norm_weight, norm_bias, norm_groups, eps)
-    return strip_gate(z_h, *args).to(x.dtype), strip_gate(z_w, *args).to(x.dtype)
+    a_h, a_w = (strip_logits(z, *args).sigmoid().to(x.dtype) for z in pool_strips(x))
+    return a_h, a_w
 
 
 def ela(
@@ -85,12 +149,20 @@ def ela(
         norm_groups: int,
         eps: float = 1e-5,
 ) -> Tensor:
-    """The same as `ela_reference`, at less cost in eager mode; there, the errors are those of `ela_gates`."""
+    """The same as `ela_reference`, at less cost in eager mode: arguments and result as there.
+
+    Reads x once to pool it and once to gate it, and keeps nothing of its size for the backward pass but x itself.
+
+    Raises:
+        ValueError: If x is not 4-D, its channels are not those of the weights, or devices or dtypes are mixed (other
+            dtypes of the weights are right under autocast); in eager mode.
+    """
     args = (conv_weight, norm_weight, norm_bias, norm_groups, eps)
     if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return ela_reference(x, *args)  # a compiler fuses it by itself, and an export needs nothing of ours to run
-    a_h, a_w = ela_gates(x, *args)
-    a_h, a_w = a_h.unsqueeze(3), a_w.unsqueeze(2)  # (N, C, H, 1), (N, C, 1, W)
-    y = x * a_h
-    # Without a graph the second product needs no memory of its own.
-    return y * a_w if y.requires_grad else y.mul_(a_w)
+    _check(x, conv_weight, norm_weight, norm_bias)
+    # torch.func and forward-mode derivatives want the formula
+    if not _FUSED or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return ela_reference(x, *args)
+    x, z_h, z_w = _Pool.apply(x)
+    return _Gate.apply(x, strip_logits(z_h, *args), strip_logits(z_w, *args))
