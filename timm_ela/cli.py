@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         _bench, 'bench', 'time ELA beside timm\'s attention layers, and models beside their plain ones',
-        '--device cpu --threads 2 --channels-last --json bench.json --plot bench.png')
+        '--threads 2 --channels-last --plot bench.png')
     sub.add_argument('--only', choices=('layers', 'models'), help='leave the others out')
     sub.add_argument('--shapes', type=_shape, nargs='+', metavar='CxHxW',
                      help='of the layers\' input (default: ResNet-50\'s, and two of MobileNetV2\'s)')
