@@ -26,8 +26,8 @@ from .timing import Call, Setting, measure
 
 SHAPES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (144, 56, 56), (960, 7, 7))
 MODELS = ('resnet50_ela_b', 'mobilenetv2_ela_b')
-# The fewest over the tensor. Forward: x is read to pool and read to gate, y is written. Backward: x and the gradient are
-# read to reduce, the gradient is read again, and that of x is written.
+# The fewest over the tensor. Forward: x is read to pool and read to gate, y is written. Backward: x and the gradient
+# are read to reduce, the gradient is read again, and that of x is written.
 PASSES = {'inference': 3, 'training': 7}
 _LARGE = 2 ** 28  # bytes, more than caches hold
 Called = Callable[[Tensor], Tensor]

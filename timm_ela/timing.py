@@ -85,7 +85,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Milliseconds of each call: every repeat runs each of them once, in an order of its own.
 
-    A turn has to do with the one before it, which leaves a cache cold or memory free: so none always follows another.
+    What ran just before tells on a time, by what it leaves in caches and in the allocator: let it not stay the same.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     draw = Random(0)
