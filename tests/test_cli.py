@@ -17,7 +17,7 @@ import timm_ela
 from timm_ela import cli, publish
 from timm_ela.catalog import describe, model_names
 
-COMMANDS = ('list', 'run', 'convert', 'export', 'push', 'plot')
+COMMANDS = ('list', 'run', 'convert', 'export', 'push', 'plot', 'bench')
 MODEL, PLAIN = 'mobilenetv2_050_ela_t', 'mobilenetv2_050'  # the smallest
 MODULE = (sys.executable, '-m', 'timm_ela')
 
@@ -222,7 +222,10 @@ def test_a_picture_that_does_not_decode_or_an_unknown_model_is_named(fails, tmp_
 @pytest.mark.parametrize('words, told', [
     ([], 'COMMAND'), (['train'], "'train'"), (['export', 'run'], 'out_dir'), (['list', '--jsn'], '--jsn'),
     (['convert', 'a.pth', 'out'], '--model'), (['list', 'vgg*'], "'vgg*'"), (['run', 'no.py', '-x'], 'no.py'),
-    (['plot', 'no.png', '--model', 'x'], 'no.png'),
+    (['plot', 'no.png', '--model', 'x'], 'no.png'), (['bench', '--shapes', '16x9x5', '12x7'], "'12x7'"),
+    (['bench', '--repeats', '0'], "'0'"), (['bench', '--models', 'resnet50'], "'resnet50'"),
+    (['bench', '--json', 'no/bench.json'], "no folder 'no'"), (['bench', '--json', '.'], "'.' is a folder"),
+    (['bench', '--plot', 'bench.txt'], "'bench.txt' is no picture"),
 ], ids=' '.join)
 def test_a_line_that_is_not_understood_is_told_why(fails, words, told):
     assert told in fails(*words)

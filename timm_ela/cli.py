@@ -1,8 +1,10 @@
-"""The command line: timm-ela list | run | convert | export | push | plot, and `python -m timm_ela`."""
+"""The command line: timm-ela list | run | convert | export | push | plot | bench, and `python -m timm_ela`."""
 import argparse
 import json
 import logging
+import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -83,6 +85,44 @@ def _plot(args: argparse.Namespace) -> None:
     print(f'Wrote {args.output}')
 
 
+def _bench(args: argparse.Namespace) -> None:
+    import torch
+
+    from .bench import MODELS, SHAPES, run_bench
+    from .bench_report import check_outputs, report, write_outputs
+    from .timing import Setting, pick_device
+
+    check_outputs(args.json, args.plot)
+    device = pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    setting = Setting(
+        device, args.batch_size or (8 if device.type == 'cpu' else 256), args.repeats, args.channels_last,
+        args.amp_dtype and getattr(torch, args.amp_dtype), args.compile)
+    result = run_bench(
+        setting,
+        shapes=() if args.only == 'models' else args.shapes or SHAPES,
+        models=() if args.only == 'layers' else args.models or MODELS,
+        variant=args.variant,
+        img_size=args.img_size,
+    )
+    result['command'] = shlex.join(['timm-ela', *args.words])
+    print(report(result))
+    write_outputs(result, args.json, args.plot)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f'{text!r} is no whole number above 0')
+    return int(text)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r'[1-9][0-9]*(x[1-9][0-9]*){2}', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is no CxHxW, channels by height by width, such as 256x56x56')
+    return tuple(map(int, text.split('x')))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog='timm-ela', description='Efficient Local Attention models for timm.',
                      epilog='COMMAND --help has an example; COMMAND --debug shows the traceback of an error.')
@@ -149,12 +189,32 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('-o', '--output', default='attention.png', help='picture to write (default: %(default)s)')
     sub.add_argument('--stages', type=int, nargs='+', metavar='N', help='stages to draw (default: all)')
     sub.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='random weights')
+
+    sub = command(
+        _bench, 'bench', 'time ELA beside timm\'s attention layers, and models beside their plain ones',
+        '--threads 2 --channels-last --plot bench.png')
+    sub.add_argument('--only', choices=('layers', 'models'), help='leave the others out')
+    sub.add_argument('--shapes', type=_shape, nargs='+', metavar='CxHxW',
+                     help='of the layers\' input (default: ResNet-50\'s, and two of MobileNetV2\'s)')
+    sub.add_argument('--variant', choices=('t', 'b', 's', 'l'), default='b', help='ELA layer (default: %(default)s)')
+    sub.add_argument('--models', nargs='+', metavar='NAME', help='models of ours (default: resnet50 and mobilenetv2)')
+    sub.add_argument('--img-size', type=_positive, default=224, metavar='N', help='of models (default: %(default)s)')
+    sub.add_argument('-b', '--batch-size', type=_positive, metavar='N', help='default: 8 on a CPU, 256 on a GPU')
+    sub.add_argument('--device', choices=('cpu', 'cuda'), help='default: cuda where there is one')
+    sub.add_argument('--threads', type=_positive, metavar='N', help='of a CPU (default: PyTorch\'s choice)')
+    sub.add_argument('--channels-last', action='store_true', help='memory format')
+    sub.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), help='autocast to it')
+    sub.add_argument('--compile', action='store_true', help='with torch.compile, all of them')
+    sub.add_argument('--repeats', type=_positive, default=30, metavar='N', help='default: %(default)s')
+    sub.add_argument('--json', metavar='FILE', help='file to write all numbers to')
+    sub.add_argument('--plot', metavar='FILE', help='picture to write, such as bench.png')
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; an error is one line on stderr and exit code 2."""
     args = _parser().parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else argv
     if args.command == 'run' and Path(args.script).is_file():
         return _run(args)  # the script's errors are its own
     logging.basicConfig(level=logging.WARNING, format='%(message)s')

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LEAST_RANGE = 0.1  # of a scale: gates that vary less are to look flat, as they are
 
 
-def _figure_class() -> type['Figure']:
+def figure_class() -> type['Figure']:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -135,7 +135,7 @@ def plot_attention(
         ModuleNotFoundError: If matplotlib is not installed.
         ValueError: If the image cannot be read, the model has no ELA, no such stage or another number of classes.
     """
-    figure_class = _figure_class()
+    new_figure = figure_class()
     cfg, names = getattr(model, 'pretrained_cfg', {}), _stages(model)
     arch = cfg.get('architecture', type(model).__name__)
     if not names:
@@ -165,7 +165,7 @@ def plot_attention(
     columns = -(-cells // rows)
     w, h = 3, 3 * height / width  # inches of an image; room for its strips and titles comes on top
     all_w, all_h = columns * (w + 1.2) + 1.2, rows * (h + 1.5)
-    figure = figure_class(figsize=(all_w, all_h))
+    figure = new_figure(figsize=(all_w, all_h))
     figure.subplots_adjust(0.9 / all_w, 0.9 / all_h, 1 - 1.5 / all_w, 1 - 0.6 / all_h, 1.2 / w, 1.5 / h)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes:
@@ -214,7 +214,7 @@ def plot_file(
         RuntimeError: If timm does not know the model or has no weights for it.
         ValueError: As in `plot_attention`, and if the output's suffix is no format.
     """
-    _figure_class()
+    figure_class()
     opened = _open_image(image)  # both before a download
     model = create_model(model_name, pretrained=pretrained or parse_model_name(model_name)[0] is not None)
     rendered = BytesIO()
