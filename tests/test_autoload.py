@@ -44,6 +44,26 @@ def test_an_import_of_ours_registers_where_the_hook_is_off(imports):
     assert not done.stderr
 
 
+def test_any_module_of_ours_may_be_the_first_that_is_imported():
+    code = f'''
+        import importlib, os, sys, torch
+        modules = {[f.stem for f in sorted((ROOT / 'timm_ela').glob('*.py')) if not f.stem.startswith('__')]!r}
+        for name in modules:
+            if not os.fork():  # torch is loaded, timm is not
+                module = importlib.import_module('timm_ela.' + name)
+                import timm
+                print(name, len(timm.list_models('*_ela_*')), module is sys.modules[module.__name__],
+                      module.__spec__.origin == module.__file__, flush=True)
+                os._exit(0)
+            os.wait()
+    '''
+    done = run_python(textwrap.dedent(code))
+    assert not our_warnings(done.stderr)
+    lines = done.stdout.splitlines()
+    assert len(lines) > 15
+    assert [line for line in lines if not line.endswith(' 40 True True')] == []
+
+
 def test_registering_again_changes_nothing():
     code = '''
         import importlib, timm, timm_ela, timm_ela.autoload

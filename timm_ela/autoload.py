@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 
 _TARGET = 'timm.models'
 _MODEL_MODULES = ('attn_resnet', 'attn_mobilenetv2')
+_IMPORTED_BY_THEM = tuple(f'{__package__}.{name}' for name in ('blocks', 'graft', 'layers', 'registry', 'remap'))
 _KNOWN_TIMM = ('1.0.31',)  # versions that passed the tests: make compat
 _installed = False
 
@@ -34,11 +35,17 @@ def register_models() -> None:
 
 
 class _RegisterAfterTimm(MetaPathFinder):
-    """Finds `timm.models` as the other finders do and registers our models right after it has run."""
+    """Finds `timm.models` as the other finders do and registers our models right after it has run.
+
+    A module of ours that registering needs has timm imported before it, not from within: half loaded it would fail.
+    """
 
     _searching = False
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
+        if name in _IMPORTED_BY_THEM and _TARGET not in sys.modules:
+            importlib.import_module(_TARGET)
+            return importlib.util.spec_from_loader(name, _Loaded(sys.modules[name])) if name in sys.modules else None
         if name != _TARGET or self._searching:
             return None
         self._searching = True
@@ -67,6 +74,20 @@ class _LoadAndRegister(Loader):
         if self._finder in sys.meta_path:  # kept until timm.models has loaded: its import may fail and be tried again
             sys.meta_path.remove(self._finder)
         register_models()
+
+
+class _Loaded(Loader):
+    """Gives a module that was loaded while it was looked for."""
+
+    def __init__(self, module) -> None:
+        self._module = module
+        self._spec = module.__spec__
+
+    def create_module(self, spec: ModuleSpec):
+        return self._module
+
+    def exec_module(self, module) -> None:
+        module.__spec__ = self._spec
 
 
 def install() -> None:
