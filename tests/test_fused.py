@@ -109,6 +109,22 @@ def test_output_and_gradients_are_as_exact_as_the_plain_formulas(make, plainly, 
         assert error <= max(2 * allowed, 2e-6)
 
 
+@pytest.mark.parametrize('variant', ['b', 's'])
+def test_under_autocast_the_gradients_are_as_exact_as_the_plain_formulas(make, plainly, variant, memory_format):
+    m, (x, upstream) = make(48, variant), torch.randn(2, 3, 48, 7, 13)
+    x, upstream = (t.to(memory_format=memory_format) for t in (x, upstream))
+
+    def under_autocast():
+        with torch.autocast('cpu', torch.bfloat16):
+            return forward_and_gradients(m, x, upstream)
+
+    exact = plainly(lambda: forward_and_gradients(m, x, upstream))
+    for got, eager, want in zip(under_autocast(), plainly(under_autocast), exact, strict=True):
+        assert got.dtype == torch.float32
+        error, allowed = ((t - want).norm() / want.norm() for t in (got, eager))
+        assert error <= 2 * allowed
+
+
 def test_neither_the_input_nor_the_upstream_gradient_is_written_to(make, memory_format):
     m, x, upstream = make(32), *(torch.randn(2, 32, 6, 11).to(memory_format=memory_format) for _ in range(2))
     before = x.clone(), upstream.clone()
