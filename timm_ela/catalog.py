@@ -31,11 +31,11 @@ def model_names(pattern: str = '') -> list[str]:
 
 
 @cache
-def count(name: str) -> tuple[int, int]:
-    """Parameters and multiply-adds of any timm model at 224 x 224 pixels, without allocating its weights."""
-    model = timm.create_model(name, device='meta').eval()
+def count(name: str, img_size: int = 224, num_classes: int = 1000) -> tuple[int, int]:
+    """Parameters and multiply-adds of any timm model at img_size x img_size pixels, without allocating its weights."""
+    model = timm.create_model(name, num_classes=num_classes, device='meta').eval()
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        model(torch.empty(1, 3, 224, 224, device='meta'))
+        model(torch.empty(1, 3, img_size, img_size, device='meta'))
     return sum(p.numel() for p in model.parameters()), flops.get_total_flops() // 2
 
 
