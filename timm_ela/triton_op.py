@@ -22,6 +22,7 @@ except ImportError:  # not every platform has Triton
 
 MAX_WIDTH = 1024  # the kernels over feature maps hold whole rows
 MAX_GROUP = 8192  # the kernels over strips hold a whole GroupNorm group
+OPTIONS = {'enable_fp_fusion': True}  # multiply-add, as in PyTorch's kernels; left open, Triton 3.9 warns
 TILE = 4096  # values of x that a program loads at once: 16 or 32 per thread, more would not fit its registers
 
 
@@ -93,7 +94,7 @@ def _launch_maps(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], num_warps:
         bc //= 2
     bh = min(next_power_of_2(h), max(1, TILE // (bw * bc)))
     with torch.cuda.device_of(x):
-        kernel[(n * cdiv(c, bc),)](*tensors, c, h, w, LAST=last, BC=bc, BH=bh, BW=bw, num_warps=num_warps)
+        kernel[(n * cdiv(c, bc),)](*tensors, c, h, w, LAST=last, BC=bc, BH=bh, BW=bw, num_warps=num_warps, **OPTIONS)
 
 
 def _launch_strips(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], kernel_size: int, groups: int, eps: float):
@@ -103,7 +104,7 @@ def _launch_strips(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], kernel_s
     with torch.cuda.device_of(x):
         kernel[(n * groups * 2,)](
             *tensors, c, h, w, groups, eps, LAST=_is_last(x), K=kernel_size, BC=bc, BL=bl,
-            num_warps=min(16, max(1, bc * bl // 256)))
+            num_warps=min(16, max(1, bc * bl // 256)), **OPTIONS)
 
 
 def _has_strip_kernel(x: Tensor, conv_weight: Tensor, norm_groups: int) -> bool:
