@@ -23,7 +23,7 @@ def test_the_rest_of_this_file_passes_in_the_interpreter():
         [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__],
         env={'TRITON_INTERPRET': 1, 'CUDA_VISIBLE_DEVICES': ''}, cwd=ROOT, exit_code=None)
     assert done.returncode == 0, done.stdout
-    assert 'passed, 1 skipped' in done.stdout
+    assert ' passed' in done.stdout and 'no GPU' not in done.stdout
 
 
 @pytest.fixture

@@ -30,13 +30,14 @@ def _block(C, H, W, LAST: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: 
 
 @triton.jit
 def pool_kernel(
-        x, z, C, H, W, LAST: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+        x, z, C, H, W,
+        LAST: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr):
     """z: means of x over its rows and over its columns, from one read."""
     n, c, h, w, at = _block(C, H, W, LAST, BC, BH, BW)
     x += n * C * H * W
     z += n * C * (H + W)
     columns = tl.zeros([1, BW, BC], tl.float32)
-    for first in range(0, H, BH):
+    for first in tl.range(0, H, BH, num_stages=STAGES):
         row = first + h
         values = tl.load(x + at, (c < C) & (row < H) & (w < W), 0).to(tl.float32)
         columns += tl.sum(values, 0, keep_dims=True)
@@ -47,14 +48,15 @@ def pool_kernel(
 
 @triton.jit
 def gate_kernel(
-        x, gates, y, C, H, W, LAST: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+        x, gates, y, C, H, W,
+        LAST: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr):
     """y = x * a_h * a_w."""
     n, c, h, w, at = _block(C, H, W, LAST, BC, BH, BW)
     x += n * C * H * W
     y += n * C * H * W
     gates += n * C * (H + W)
     a_w = tl.load(gates + _strip(c, H + w, C, H + W, LAST), (c < C) & (w < W), 0)
-    for first in range(0, H, BH):
+    for first in tl.range(0, H, BH, num_stages=STAGES):
         row = first + h
         inside = (c < C) & (row < H) & (w < W)
         a_h = tl.load(gates + _strip(c, row, C, H + W, LAST), (c < C) & (row < H), 0)
@@ -64,7 +66,8 @@ def gate_kernel(
 
 @triton.jit
 def reduce_kernel(
-        x, gates, dy, z, da, C, H, W, LAST: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+        x, gates, dy, z, da, C, H, W,
+        LAST: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr):
     """da: the gates' gradients, and z anew, from one read of x and dy."""
     n, c, h, w, at = _block(C, H, W, LAST, BC, BH, BW)
     x += n * C * H * W
@@ -76,7 +79,7 @@ def reduce_kernel(
     a_w = tl.load(gates + strip, (c < C) & (w < W), 0)
     z_w = tl.zeros([1, BW, BC], tl.float32)
     da_w = tl.zeros([1, BW, BC], tl.float32)
-    for first in range(0, H, BH):
+    for first in tl.range(0, H, BH, num_stages=STAGES):
         row = first + h
         inside = (c < C) & (row < H)
         rows = _strip(c, row, C, H + W, LAST)
@@ -94,7 +97,8 @@ def reduce_kernel(
 
 @triton.jit
 def expand_kernel(
-        gates, dy, dz, dx, C, H, W, LAST: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr):
+        gates, dy, dz, dx, C, H, W,
+        LAST: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr):
     """dx = dy * a_h * a_w + dz_h / W + dz_w / H."""
     n, c, h, w, at = _block(C, H, W, LAST, BC, BH, BW)
     dy += n * C * H * W
@@ -104,7 +108,7 @@ def expand_kernel(
     strip = _strip(c, H + w, C, H + W, LAST)
     a_w = tl.load(gates + strip, (c < C) & (w < W), 0)
     dz_w = tl.load(dz + strip, (c < C) & (w < W), 0) / H
-    for first in range(0, H, BH):
+    for first in tl.range(0, H, BH, num_stages=STAGES):
         row = first + h
         inside = (c < C) & (row < H)
         rows = _strip(c, row, C, H + W, LAST)

@@ -23,7 +23,7 @@ except ImportError:  # not every platform has Triton
 MAX_WIDTH = 1024  # the kernels over feature maps hold whole rows
 MAX_GROUP = 8192  # the kernels over strips hold a whole GroupNorm group
 OPTIONS = {'enable_fp_fusion': True}  # multiply-add, as in PyTorch's kernels; left open, Triton 3.9 warns
-TILE = 4096  # values of x that a program loads at once: 16 or 32 per thread, more would not fit its registers
+TILE = 4096  # values of x that a program works on at once: 16 per thread, more would not fit its registers
 
 
 @torch.compiler.assume_constant_result
@@ -83,7 +83,7 @@ def _split(strips: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     return (strips.transpose(1, 2) if _is_last(x) else strips).split(x.shape[2:], 2)
 
 
-def _launch_maps(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], num_warps: int) -> None:
+def _launch_maps(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...]) -> None:
     """Runs a kernel over feature maps: a program for each image and block of channels."""
     n, c, h, w = x.shape
     last, bw = _is_last(x), next_power_of_2(w)
@@ -93,8 +93,10 @@ def _launch_maps(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], num_warps:
     while bc > 8 and n * cdiv(c, bc) < 256:  # a small batch has to occupy the GPU too
         bc //= 2
     bh = min(next_power_of_2(h), max(1, TILE // (bw * bc)))
+    stages = min(3, cdiv(h, bh))  # blocks of rows on their way while one is worked on, and that one
     with torch.cuda.device_of(x):
-        kernel[(n * cdiv(c, bc),)](*tensors, c, h, w, LAST=last, BC=bc, BH=bh, BW=bw, num_warps=num_warps, **OPTIONS)
+        kernel[(n * cdiv(c, bc),)](
+            *tensors, c, h, w, LAST=last, BC=bc, BH=bh, BW=bw, STAGES=stages, num_warps=8, **OPTIONS)
 
 
 def _launch_strips(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], kernel_size: int, groups: int, eps: float):
@@ -126,7 +128,7 @@ def ela_forward(
     x = x.contiguous(memory_format=_memory_format(x))
     params = conv_weight.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()
     z, gates, y = _new_strips(x), _new_strips(x), torch.empty_like(x)
-    _launch_maps(kernels.pool_kernel, x, (x, z), num_warps=4)
+    _launch_maps(kernels.pool_kernel, x, (x, z))
     if _has_strip_kernel(x, conv_weight, norm_groups):
         _launch_strips(kernels.strip_kernel, x, (z, *params, gates), conv_weight.shape[2], norm_groups, eps)
     else:
@@ -134,7 +136,7 @@ def ela_forward(
         with torch.autocast(x.device.type, enabled=False):
             for z_, gate in zip(_split(z, x), _split(gates, x), strict=True):
                 gate.copy_(strip_gate(z_.contiguous(), conv, gamma, beta, norm_groups, eps))
-    _launch_maps(kernels.gate_kernel, x, (x, gates, y), num_warps=4)
+    _launch_maps(kernels.gate_kernel, x, (x, gates, y))
     return y, gates
 
 
@@ -178,7 +180,7 @@ def ela_backward(
     dy = dy.contiguous(memory_format=_memory_format(x))
     conv_weight, norm_weight = conv_weight.contiguous(), norm_weight.contiguous()
     z, da = _new_strips(x), _new_strips(x)
-    _launch_maps(kernels.reduce_kernel, x, (x, gates, dy, z, da), num_warps=8)
+    _launch_maps(kernels.reduce_kernel, x, (x, gates, dy, z, da))
     if _has_strip_kernel(x, conv_weight, norm_groups):
         channels, _, kernel_size = conv_weight.shape
         shares = z.new_empty(2 * len(x), channels, kernel_size), *z.new_empty(2, 2 * len(x), channels)
@@ -196,7 +198,7 @@ def ela_backward(
     dx = x.new_empty(0)
     if needs_dx:
         dx = torch.empty_like(x)
-        _launch_maps(kernels.expand_kernel, x, (gates, dy, z, dx), num_warps=8)
+        _launch_maps(kernels.expand_kernel, x, (gates, dy, z, dx))
     dconv = dconv.view(conv_weight.shape).to(conv_weight.dtype)
     return dx, dconv, dgamma.to(norm_weight.dtype), dbeta.to(norm_weight.dtype)
 
