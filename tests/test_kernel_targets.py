@@ -6,13 +6,13 @@ import subprocess
 import pytest
 import torch
 
+from timm_ela import triton_op
+
 triton = pytest.importorskip('triton')
 knobs = pytest.importorskip('triton.knobs')
-
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from timm_ela import kernels, triton_op  # noqa: E402
+GPUTarget = pytest.importorskip('triton.backends.compiler').GPUTarget
+ASTSource = triton.compiler.ASTSource
+kernels = triton_op.kernels
 
 pytestmark = pytest.mark.skipif(
     triton_op.INTERPRETED or not os.path.exists(knobs.nvidia.cuobjdump.path), reason='needs Triton\'s own compiler')
@@ -22,14 +22,14 @@ POINTERS = {torch.float32: '*fp32', torch.float16: '*fp16', torch.bfloat16: '*bf
 @pytest.fixture
 def launches(monkeypatch):
     """What the operator launches for an x of this shape, forward and backward, without running it."""
-    def launches(shape, dtype, memory_format):
+    def launches(shape, dtype, memory_format, norm_groups=16):
         found = []
         for name in ('pool', 'strip', 'gate', 'reduce', 'strip_backward', 'expand'):
             monkeypatch.setattr(kernels, f'{name}_kernel', Recorder(getattr(kernels, f'{name}_kernel'), found))
         x = torch.empty(shape, dtype=dtype, device='meta').to(memory_format=memory_format)
         conv, gamma = torch.empty(shape[1], 1, 7, device='meta'), torch.empty(shape[1], device='meta')
-        y, gates = triton_op.ela_forward._init_fn(x, conv, gamma, gamma, 16, 1e-5)
-        triton_op.ela_backward._init_fn(y, x, conv, gamma, gates, 16, 1e-5, True)
+        y, gates = triton_op.ela_forward._init_fn(x, conv, gamma, gamma, norm_groups, 1e-5)
+        triton_op.ela_backward._init_fn(y, x, conv, gamma, gates, norm_groups, 1e-5, True)
         return found
 
     return launches
@@ -49,12 +49,16 @@ def compiled(kernel, args, constants, capability):
     options = {k: constants.pop(k) for k in ('num_warps', 'enable_fp_fusion')}
     signature, hints = {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        signature[name] = 'i32' if isinstance(value, int) else 'fp32'
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        elif value == 1:
+            constants[name] = value
+        else:
+            signature[name] = 'i32' if isinstance(value, int) else 'fp32'
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
             hints[(i,)] = [['tt.divisibility', 16]]
-    source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, 'constexpr')}, constants, hints)
+    signature = {name: signature.get(name, 'constexpr') for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants, hints)
     return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options).asm
 
 
@@ -86,3 +90,12 @@ def test_every_kernel_compiles_without_spills_and_reads_nhwc_by_16_bytes(
         if over_maps and memory_format == torch.channels_last:
             assert re.search(r'ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global', asm['ptx']), kernel.__name__
             assert 'ld.global.b16' not in asm['ptx'], kernel.__name__
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+@pytest.mark.parametrize('shape', [(2, 16, 1, 5), (2, 1, 5, 1), (2, 1, 1, 1)], ids=str)
+def test_every_kernel_compiles_where_sizes_are_one_and_therefore_constants(
+        launches, tmp_path, monkeypatch, shape, memory_format):
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    for kernel, args, constants in launches(shape, torch.float32, memory_format, norm_groups=1):
+        assert compiled(kernel, args, constants, 80)['cubin']

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, run
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from timm_ela.fused import ela_reference
@@ -24,6 +25,20 @@ def test_the_rest_of_this_file_passes_in_the_interpreter():
         env={'TRITON_INTERPRET': 1, 'CUDA_VISIBLE_DEVICES': ''}, cwd=ROOT, exit_code=None)
     assert done.returncode == 0, done.stdout
     assert ' passed' in done.stdout and 'no GPU' not in done.stdout
+
+
+def test_without_triton_nothing_fails_and_nothing_is_supported():
+    run([sys.executable, '-c', WITHOUT_TRITON], cwd=ROOT)
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules['triton'] = None
+import torch
+from timm_ela import triton_op
+assert triton_op.kernels is None
+assert not triton_op.supported(torch.ones(2, 4, 5, 6), torch.ones(4, 1, 3), torch.ones(4), torch.ones(4), 2)
+"""
 
 
 @pytest.fixture
@@ -215,6 +230,13 @@ def test_operators_are_registered_as_pytorch_wants_them(make, layout, group_size
         torch.library.opcheck(triton_op.ela_backward, (x, x, *params[:2], gates, 2, EPS, needs_dx))
 
 
+@pytest.mark.parametrize(('shape', 'channels'), [((2, 32, 1, 1), 16), ((2, 32, 3, 1), 16), ((2, 32, 1, 3), 1)])
+def test_strides_are_told_truly_where_sizes_of_one_make_them_ambiguous(make, device, shape, channels):
+    x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)[:, :channels]
+    inputs = x, *(p.detach() for p in make((1, channels, 1, 1))[1:])
+    torch.library.opcheck(triton_op.ela_forward, (*inputs, 1, EPS), test_utils='test_faketensor')
+
+
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_compiled_whole_and_checkpointed_it_gives_the_same_bits(make, layout):
     def f(*args):
@@ -233,6 +255,25 @@ def test_compiled_whole_and_checkpointed_it_gives_the_same_bits(make, layout):
 
 
 @pytest.mark.parametrize('group_size', [1, 8])
+def test_saved_tensors_may_come_back_in_another_layout(make, group_size):
+    inputs = make((2, 16, 5, 11), group_size)  # C = H + W: the shape does not tell the layout
+    upstream = torch.randn_like(inputs[0])
+    want = results(triton_op.ela_triton, inputs, 2, upstream)
+    for kept in (x_only, gates_only, torch.Tensor.contiguous):
+        with torch.autograd.graph.saved_tensors_hooks(kept, lambda t: t):
+            got = results(triton_op.ela_triton, inputs, 2, upstream)
+        torch.testing.assert_close(got, want)
+
+
+def x_only(t):
+    return t.contiguous() if t.ndim == 4 else t
+
+
+def gates_only(t):
+    return t if t.ndim == 4 else t.contiguous()
+
+
+@pytest.mark.parametrize('group_size', [1, 8])
 def test_autocast_changes_nothing(make, device, group_size):
     inputs = make((2, 16, 5, 4), group_size, dtype=torch.bfloat16)
     upstream = torch.randn_like(inputs[0])
@@ -242,12 +283,19 @@ def test_autocast_changes_nothing(make, device, group_size):
     assert all(map(torch.equal, got, want))
 
 
+class Distributed(torch.Tensor):
+    pass
+
+
 def test_what_it_does_not_support_is_left_to_the_plain_path(make):
     inputs = x, *params = make((2, 16, 5, 4))
     assert triton_op.supported(*inputs, 2)
     assert not torch.vmap(lambda x: x + (1 if triton_op.supported(x, *params, 2) else 0))(x[None]).ne(x[None]).any()
     for other in (x.double(), x[0], x[:0], x[..., :0], x.to('meta'), x[..., :1].expand(-1, -1, -1, 1025)):
         assert not triton_op.supported(other, *params, 2)
+    assert not triton_op.supported(x.detach().as_subclass(Distributed), *params, 2)
+    with forward_ad.dual_level():
+        assert not triton_op.supported(x, *params, 2)
     assert not triton_op.supported(x, params[0].double(), *params[1:], 2)
     assert not triton_op.supported(x, params[0].to('meta'), *params[1:], 2)
     alone = x[:1, :, :1]  # with 16 groups, each holds one value of a column's strip

@@ -1,7 +1,7 @@
 """ELA's Triton kernels, for both memory formats; `triton_op` launches them.
 
-Strips (z, the gates, their gradients) are float32 tensors that hold both strips of an image, one behind the other:
-position h is row h, position H + w is column w. They are (N, C, H + W), and (N, H + W, C) for a channels_last x.
+Strips (z, the gates, their gradients) are float32 tensors (N, C, H + W) that hold both strips of an image, one behind
+the other: position h is row h, position H + w is column w. For a channels_last x, channels are contiguous in them too.
 
 A kernel over feature maps has a program for each image and block of BC channels. It loops over blocks of BH rows as
 wide as the whole map, so what belongs to columns stays in registers, and sums have one order: no atomics, and the same

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .fused import ela_reference, strip_gate
 
@@ -34,12 +35,13 @@ def _runs_on(device: torch.device) -> bool:
 
 
 def supported(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int) -> bool:
-    """Whether `ela_triton` takes these tensors; it takes none under torch.func's transforms.
+    """Whether `ela_triton` takes these tensors; not under torch.func's transforms or forward-mode autograd.
 
-    Where a GroupNorm group holds a single value it takes none either: the error is for the plain formula to raise.
+    Nor where a GroupNorm group holds a single value: that error is for the plain formula to raise.
     """
     return (
         _runs_on(x.device)
+        and type(x) in (Tensor, torch.nn.Parameter)  # a distributed tensor knows no operator of ours
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and all(p.device == x.device and p.dtype in (x.dtype, torch.float32)
                 for p in (conv_weight, norm_weight, norm_bias))
@@ -49,6 +51,7 @@ def supported(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Te
         and x[0].numel() < 2 ** 31  # offsets in one image are 32-bit
         and not (x.shape[0] * x.shape[1] == norm_groups and 1 in x.shape[2:])
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 
@@ -66,7 +69,8 @@ def ela_triton(
 
 def _is_last(x: Tensor) -> bool:
     """Whether the kernels see x as channels_last; what is neither that nor contiguous is copied."""
-    return x.stride(1) == 1 and not x.is_contiguous()
+    _, c, h, w = x.shape
+    return x.stride(1) == 1 and c > 1 and h * w > 1 and not x.is_contiguous()  # of one channel or one pixel, both hold
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -75,12 +79,9 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 def _new_strips(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
-    return x.new_empty((n, h + w, c) if _is_last(x) else (n, c, h + w), dtype=torch.float32)
-
-
-def _split(strips: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """Views (N, C, H) and (N, C, W) of strips."""
-    return (strips.transpose(1, 2) if _is_last(x) else strips).split(x.shape[2:], 2)
+    if _is_last(x):
+        return x.new_empty((n, h + w, c), dtype=torch.float32).transpose(1, 2)
+    return x.new_empty((n, c, h + w), dtype=torch.float32)
 
 
 def _launch_maps(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...]) -> None:
@@ -99,7 +100,8 @@ def _launch_maps(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...]) -> None:
             *tensors, c, h, w, LAST=last, BC=bc, BH=bh, BW=bw, STAGES=stages, num_warps=8, **OPTIONS)
 
 
-def _launch_strips(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], kernel_size: int, groups: int, eps: float):
+def _launch_strips(
+        kernel: Any, x: Tensor, tensors: tuple[Tensor, ...], kernel_size: int, groups: int, eps: float) -> None:
     """Runs a kernel over strips: a program for each image, strip and GroupNorm group."""
     n, c, h, w = x.shape
     bc, bl = next_power_of_2(c // groups), next_power_of_2(max(h, w))
@@ -124,7 +126,7 @@ def ela_forward(
         norm_groups: int,
         eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The gated x, and the gates as the kernels hold them."""
+    """The gated x, and the gates (N, C, H + W)."""
     x = x.contiguous(memory_format=_memory_format(x))
     params = conv_weight.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()
     z, gates, y = _new_strips(x), _new_strips(x), torch.empty_like(x)
@@ -134,7 +136,7 @@ def ela_forward(
     else:
         conv, gamma, beta = (p.float() for p in params)
         with torch.autocast(x.device.type, enabled=False):
-            for z_, gate in zip(_split(z, x), _split(gates, x), strict=True):
+            for z_, gate in zip(z.split(x.shape[2:], 2), gates.split(x.shape[2:], 2), strict=True):
                 gate.copy_(strip_gate(z_.contiguous(), conv, gamma, beta, norm_groups, eps))
     _launch_maps(kernels.gate_kernel, x, (x, gates, y))
     return y, gates
@@ -179,6 +181,8 @@ def ela_backward(
     x = x.contiguous(memory_format=_memory_format(x))
     dy = dy.contiguous(memory_format=_memory_format(x))
     conv_weight, norm_weight = conv_weight.contiguous(), norm_weight.contiguous()
+    # A hook on saved tensors may have changed the layout of x, or of the gates.
+    gates = gates.transpose(1, 2).contiguous().transpose(1, 2) if _is_last(x) else gates.contiguous()
     z, da = _new_strips(x), _new_strips(x)
     _launch_maps(kernels.reduce_kernel, x, (x, gates, dy, z, da))
     if _has_strip_kernel(x, conv_weight, norm_groups):
@@ -189,11 +193,11 @@ def ela_backward(
             kernel_size, norm_groups, eps)
         dconv, dgamma, dbeta = (share.sum(0) for share in shares)
     else:
-        params = conv_weight.float(), norm_weight.float()
+        params, sizes = (conv_weight.float(), norm_weight.float()), x.shape[2:]
         with torch.autocast(x.device.type, enabled=False):
             of_h, of_w = (
                 _strip_backward(*strips, *params, norm_groups, eps)
-                for strips in zip(_split(z, x), _split(gates, x), _split(da, x), strict=True))
+                for strips in zip(z.split(sizes, 2), gates.split(sizes, 2), da.split(sizes, 2), strict=True))
         dconv, dgamma, dbeta = (a + b for a, b in zip(of_h, of_w, strict=True))
     dx = x.new_empty(0)
     if needs_dx:
