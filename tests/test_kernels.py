@@ -106,7 +106,7 @@ CASES = {  # shape, channels per group of the convolution, GroupNorm groups, ker
     'odd_channels': ((2, 18, 13, 5), 1, 3, 5),  # no 16-byte vectors
     'few_channels': ((2, 3, 9, 8), 1, 3, 3),
     'many_channels': ((1, 256, 5, 3), 1, 2, 3),
-    'many_tiles': ((1, 16, 63, 200), 1, 2, 3),
+    'many_tiles': ((1, 16, 200, 304), 1, 2, 3),
     'one_tap': ((2, 16, 6, 11), 1, 4, 1),
     'grouped': ((2, 32, 6, 11), 8, 4, 5),
     'grouped_across_norm_groups': ((2, 32, 5, 9), 8, 16, 7),
@@ -259,18 +259,11 @@ def test_saved_tensors_may_come_back_in_another_layout(make, group_size):
     inputs = make((2, 16, 5, 11), group_size)  # C = H + W: the shape does not tell the layout
     upstream = torch.randn_like(inputs[0])
     want = results(triton_op.ela_triton, inputs, 2, upstream)
-    for kept in (x_only, gates_only, torch.Tensor.contiguous):
-        with torch.autograd.graph.saved_tensors_hooks(kept, lambda t: t):
+    for changed in ((4,), (3,), (3, 4)):  # x has 4 dimensions, the gates 3
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, changed=changed: t.contiguous() if t.ndim in changed else t, lambda t: t):
             got = results(triton_op.ela_triton, inputs, 2, upstream)
-        torch.testing.assert_close(got, want)
-
-
-def x_only(t):
-    return t.contiguous() if t.ndim == 4 else t
-
-
-def gates_only(t):
-    return t if t.ndim == 4 else t.contiguous()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('group_size', [1, 8])
