@@ -8,6 +8,7 @@ from helpers import ROOT, run
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from timm_ela import EfficientLocalAttention, set_fused
 from timm_ela.fused import ela_reference
 
 triton_op = pytest.importorskip('timm_ela.triton_op')
@@ -295,3 +296,43 @@ def test_what_it_does_not_support_is_left_to_the_plain_path(make):
     assert triton_op.supported(alone, *params, 8) and not triton_op.supported(alone, *params, 16)
     with pytest.raises(ValueError, match='Expected more than 1 value per channel'):
         ela_reference(alone, *params, 16)
+
+
+@pytest.fixture
+def experimental():
+    """Switches the kernels on and off."""
+    yield lambda on: set_fused(experimental=on)
+    set_fused()
+
+
+def test_the_module_takes_it_only_where_it_is_asked_for(device, monkeypatch, experimental):
+    calls, fused = [], triton_op.ela_triton
+    monkeypatch.setattr(triton_op, 'ela_triton', lambda *args: calls.append(1) or fused(*args))
+    m, x = EfficientLocalAttention(16).to(device), torch.randn(2, 16, 5, 7, device=device)
+    lean = m(x)
+    assert not calls
+    experimental(True)
+    torch.testing.assert_close(m(x), lean)
+    assert len(calls) == 1
+    m.double()(x.double())  # not supported: as if it were off
+    assert len(calls) == 1
+
+
+@pytest.mark.skipif(INTERPRETED, reason='too slow for the interpreter')
+def test_fifty_steps_of_training_end_where_the_other_path_ends(device, experimental):
+    def train():
+        torch.manual_seed(0)
+        m, head = EfficientLocalAttention(16, num_groups=2).to(device), torch.nn.Linear(16, 2).to(device)
+        optimizer = torch.optim.SGD([*m.parameters(), *head.parameters()], lr=0.5, momentum=0.9)
+        x, target = torch.randn(2, 16, 5, 7, device=device), torch.arange(2, device=device)
+        for _ in range(50):
+            loss = torch.nn.functional.cross_entropy(head(m(x).square().mean((2, 3))), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return torch.stack([loss.detach(), *(p.detach().norm() for p in m.parameters())])
+
+    lean = train()
+    experimental(True)
+    assert lean[0] < 0.3
+    torch.testing.assert_close(train(), lean, rtol=1e-3, atol=1e-4)

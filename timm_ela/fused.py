@@ -13,14 +13,16 @@ from torch.autograd import Function, forward_ad
 _FUSED = int(os.environ.get('TIMM_ELA_FUSED', '1'))
 
 
-def set_fused(enable: bool = True) -> None:
-    """Chooses between the path that costs less and the plain formula, as `TIMM_ELA_FUSED=0` does from outside.
+def set_fused(enable: bool = True, experimental: bool = False) -> None:
+    """Chooses how `ela` computes, as timm's `set_fused_attn` does; from outside, `TIMM_ELA_FUSED` is 0, 1 or 2.
 
     Args:
-        enable: Whether `ela` may take the path that costs less; else it computes `ela_reference`.
+        enable: Take the path that costs less (1); else the plain formula, `ela_reference` (0).
+        experimental: Take the Triton kernels of `triton_op` on a GPU (2). They are tested in Triton's interpreter and
+            compile for GPUs, but have not been run on one.
     """
     global _FUSED
-    _FUSED = int(enable)
+    _FUSED = 0 if not enable else 2 if experimental else 1
 
 
 def strip_logits(
@@ -89,21 +91,27 @@ class _Pool(Function):
         return grad.add_(grad_h).add_(grad_w)  # made by _Gate.backward, nobody else holds it
 
 
+def _depthwise_conv(z: Tensor, weight: Tensor) -> Tensor:
+    # conv1d would leave oneDNN for short strips, and take 20 times as long
+    z, weight = z.unsqueeze(3), weight.unsqueeze(3)
+    return F.conv2d(z, weight, None, padding=[weight.shape[2] // 2, 0], groups=weight.shape[0]).squeeze(3)
+
+
 class _DepthwiseConv(Function):
-    """The strips' convolution with a group for each channel; PyTorch's own takes five times as long to its weight."""
+    """The strips' convolution with a group for each channel; PyTorch's own takes many times as long to go back."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(z, weight)
-        return F.conv1d(z, weight, None, padding=weight.shape[2] // 2, groups=weight.shape[0])
+        return _depthwise_conv(z, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         z, weight = (t.to(grad.dtype) for t in ctx.saved_tensors)  # autocast's
-        channels, _, taps = weight.shape
-        grad_z = F.conv1d(grad, weight.flip(2), None, padding=taps // 2, groups=channels)
-        shifted = F.pad(z, (taps // 2, taps // 2)).unfold(2, z.shape[2], 1)  # (N, C, taps, L), a view
-        return grad_z, torch.einsum('ncl,nctl->ct', grad, shifted).unsqueeze(1)
+        half = weight.shape[2] // 2
+        shifted = F.pad(z, (half, half)).unfold(2, z.shape[2], 1)  # (N, C, taps, L), a view
+        grad_weight = torch.stack([(grad * tap).sum(0) for tap in shifted.unbind(2)], 1).sum(2)
+        return _depthwise_conv(grad, weight.flip(2)), grad_weight.unsqueeze(1)
 
 
 class _Gate(Function):
@@ -188,5 +196,10 @@ def ela(
     # torch.func and forward-mode derivatives want the formula
     if not _FUSED or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return ela_reference(x, *args)
+    if _FUSED > 1:
+        from .triton_op import ela_triton, supported
+
+        if supported(x, conv_weight, norm_weight, norm_bias, norm_groups):
+            return ela_triton(x, *args)
     x, z_h, z_w = _Pool.apply(x)
     return _Gate.apply(x, _logits(z_h, *args), _logits(z_w, *args))

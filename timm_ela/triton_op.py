@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .fused import ela_reference, strip_gate
+from .fused import ela_reference, strip_logits
 
 try:
     from triton import JITFunction, cdiv, next_power_of_2
@@ -137,7 +137,7 @@ def ela_forward(
         conv, gamma, beta = (p.float() for p in params)
         with torch.autocast(x.device.type, enabled=False):
             for z_, gate in zip(z.split(x.shape[2:], 2), gates.split(x.shape[2:], 2), strict=True):
-                gate.copy_(strip_gate(z_.contiguous(), conv, gamma, beta, norm_groups, eps))
+                gate.copy_(strip_logits(z_.contiguous(), conv, gamma, beta, norm_groups, eps).sigmoid())
     _launch_maps(kernels.gate_kernel, x, (x, gates, y))
     return y, gates
 
