@@ -220,6 +220,17 @@ def test_gradients_can_be_differentiated(make, frozen, dtype):
     torch.testing.assert_close(got, want)
 
 
+def test_second_derivatives_of_one_layer_applied_twice(make):
+    x, *params = make((2, 16, 5, 4))
+
+    def second(function):
+        y = function(function(x, *params, 2, EPS), *params, 2, EPS)  # x of the second depends on the weights
+        grads = torch.autograd.grad(y.square().sum(), [x, *params], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), [x, *params])
+
+    torch.testing.assert_close(second(triton_op.ela_triton), second(ela_reference), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize('group_size', [1, 8])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_operators_are_registered_as_pytorch_wants_them(make, layout, group_size):

@@ -171,6 +171,7 @@ def test_the_card_is_a_valid_model_card_with_recipe_and_versions(exported):
 @pytest.mark.parametrize('args', [
     {}, {'no_aug': True, 'model_ema': True, 'model_ema_decay': 0.99}, {'amp': True, 'amp_dtype': 'bfloat16'},
     {'lr': None, 'momentum': 0.0, 'clip_grad': 1.0},
+    {'val_split': 'test', 'sched_on_updates': True, 'head_init_scale': 0.01},
     {'mean': [0.5, 0.5, 0.5], 'scale': [0.5, 1.0], 'opt_betas': [0.9, 0.95], 'model_kwargs': {'act_layer': 'silu'}},
 ], ids=str)
 def test_the_recipe_is_what_train_py_would_read_as_this_run(monkeypatch, args):

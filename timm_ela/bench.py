@@ -122,7 +122,8 @@ def _check(name: str, make: Callable[[], nn.Module], batch_size: int, *shape: in
         raise ValueError(f'{name} at {"x".join(map(str, shape))}, batch {batch_size}: {error}') from error
 
 
-def _hardware(device: torch.device) -> str:
+def hardware(device: torch.device) -> str:
+    """Name of the GPU, or of the CPU."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name()
     info = Path('/proc/cpuinfo')  # where `platform` knows no name
@@ -167,7 +168,7 @@ def run_bench(
             _check(name, make, setting.batch_size, *shape)
 
     result: dict[str, Any] = {
-        'hardware': _hardware(setting.device),
+        'hardware': hardware(setting.device),
         'device': setting.device.type,
         'threads': torch.get_num_threads(),
         'python': platform.python_version(),

@@ -27,10 +27,11 @@ CITATION = """\
 PLACEHOLDER = 'hf-hub:OWNER/NAME'  # of a card's repository, until a push knows it
 # What of args.yaml says how a run was trained; paths and the like stay at home.
 _RECIPE = (
-    'dataset', 'model', 'model_kwargs', 'bn_eps', 'bn_momentum', 'pretrained', 'num_classes', 'img_size', 'input_size',
-    'in_chans', 'mean', 'std', 'crop_pct', 'gp', 'epochs', 'batch_size', 'grad_accum_steps', 'opt', 'opt_kwargs',
-    'opt_betas', 'momentum', 'lr', 'sched', 'warmup_epochs', 'warmup_lr', 'min_lr', 'cooldown_epochs', 'weight_decay',
-    'clip_grad', 'layer_decay', 'drop', 'drop_path', 'smoothing', 'bce_loss', 'mixup', 'cutmix', 'amp',
+    'dataset', 'train_split', 'val_split', 'model', 'model_kwargs', 'bn_eps', 'bn_momentum', 'pretrained',
+    'num_classes', 'img_size', 'input_size', 'in_chans', 'mean', 'std', 'crop_pct', 'gp', 'epochs', 'batch_size',
+    'grad_accum_steps', 'opt', 'opt_kwargs', 'opt_betas', 'momentum', 'lr', 'sched', 'sched_on_updates',
+    'warmup_epochs', 'warmup_lr', 'min_lr', 'cooldown_epochs', 'weight_decay', 'clip_grad', 'layer_decay',
+    'head_init_scale', 'head_init_bias', 'drop', 'drop_path', 'smoothing', 'bce_loss', 'mixup', 'cutmix', 'amp',
     'channels_last', 'model_ema', 'seed',
 )
 # Arguments that count only with, or only without, another one.

@@ -2,6 +2,7 @@
 
 `ELA: Efficient Local Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2403.01123
 """
+import logging
 import os
 from typing import Any
 
@@ -10,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-_FUSED = int(os.environ.get('TIMM_ELA_FUSED', '1'))
+_FUSED = 1
+if (_value := os.environ.get('TIMM_ELA_FUSED', '1')) in ('0', '1', '2'):
+    _FUSED = int(_value)
+else:
+    logging.getLogger(__name__).warning(f'TIMM_ELA_FUSED={_value} is none of 0, 1 and 2: taken as 1.')
 
 
 def set_fused(enable: bool = True, experimental: bool = False) -> None:

@@ -225,7 +225,9 @@ def _backward(ctx: Any, dy: Tensor, _dgates: None) -> tuple[Tensor | None, ...]:
     x, conv_weight, norm_weight, norm_bias, gates = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled():  # create_graph: the gradients must be differentiable themselves
-        inputs = x, conv_weight, norm_weight, norm_bias
+        # Aliases: x may itself depend on the weights, and that path is not this operator's.
+        inputs = x, conv_weight, norm_weight, norm_bias = [
+            t.view_as(t) for t in (x, conv_weight, norm_weight, norm_bias)]
         with torch.autocast(x.device.type, enabled=False):
             y = ela_reference(
                 x.float(), conv_weight.float(), norm_weight.float(), norm_bias.float(), ctx.norm_groups, ctx.eps)
