@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 ECOSYSTEM := .venv-ecosystem
 
-.PHONY: demo test lint types ecosystem compat conformance cards
+.PHONY: demo test lint types ecosystem compat conformance cards study study-smoke
 
 demo: $(INSTALLED)
 	$(BIN)/python tests/demo.py
@@ -24,7 +24,7 @@ types: $(INSTALLED)
 ecosystem: $(ECOSYSTEM)/.installed
 	$(ECOSYSTEM)/bin/python -m pytest -n 2 tests/ecosystem
 
-# A part of the tests with the lowest and the highest versions that the metadata admits, each in an environment of its own.
+# A part of the tests with the lowest and the highest versions that the metadata admits, each in its own environment.
 compat:
 	$(PYTHON) tests/compat.py
 
@@ -36,12 +36,27 @@ conformance: $(INSTALLED)
 cards: $(INSTALLED)
 	$(BIN)/python weights_cards/make_cards.py
 
+# Trains ELA and its rivals by timm's own scripts; what is done is not done again. Variables: DATA, a folder with train/
+# and test/; TIMM_SCRIPTS, a folder with timm's scripts alone; DEVICE (cpu or cuda); JOBS, runs at a time; STUDY, other
+# options of study.py.
+DEVICE ?= cpu
+JOBS ?= 2
+RUN_STUDY = $(BIN)/python weights_cards/study.py '$(DATA)' --scripts '$(TIMM_SCRIPTS)' --device $(DEVICE) --jobs $(JOBS)
+
+study: $(INSTALLED)
+	$(RUN_STUDY) $(STUDY)
+
+study-smoke: $(INSTALLED)
+	$(RUN_STUDY) --output output/study-smoke \
+		--images 100 --epochs 2 --seeds 2 --arms plain ela_b $(STUDY)
+
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo,study]'
 	touch $@
 
 $(ECOSYSTEM)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(ECOSYSTEM)
-	$(ECOSYSTEM)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ecosystem]' pytest pytest-xdist
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[ecosystem]' pytest pytest-xdist
 	touch $@

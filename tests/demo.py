@@ -1,7 +1,8 @@
 """`make demo`: from real images to a published folder, by the commands that a user types, in a few minutes on a CPU.
 
-timm's scripts are not in its wheel: they are taken from the folder in TIMM_SCRIPTS, or from a shallow clone of timm at
-the tag of the installed version. Where neither can be had, fresh weights stand in for trained ones.
+It begins with the trained weights that ship with the repository, offline. timm's scripts are not in its wheel: they are
+taken from the folder in TIMM_SCRIPTS, or from a shallow clone of timm at the tag of the installed version. Where
+neither can be had, fresh weights stand in for trained ones.
 """
 import os
 import shlex
@@ -13,11 +14,14 @@ from pathlib import Path
 import timm
 import torch
 from PIL import Image
+from skimage import data as photographs
 from sklearn.datasets import load_digits
+from timm.data import create_transform, resolve_model_data_config
 
 ROOT = Path('demo')
 CACHE = Path('.cache')
 MODEL = 'resnet18_ela_b'
+TRAINED = 'local-dir:weights_cards/mobilenetv2_050_ela_b.cifar10'
 REPOSITORY = 'https://github.com/huggingface/pytorch-image-models'
 TIMM_ELA = str(Path(sys.executable).with_name('timm-ela'))
 NAMES = {sys.executable: 'python', TIMM_ELA: 'timm-ela'}
@@ -28,6 +32,23 @@ def run(*command: str | Path) -> None:
     words = [str(word) for word in command]
     print(f'\n$ {shlex.join(NAMES.get(word, word) for word in words)}', flush=True)
     subprocess.run(words, check=True)
+
+
+def show_trained() -> None:
+    """Classifies a photograph with the weights that ship here, and draws what they look at."""
+    picture = ROOT / 'cat.png'
+    picture.parent.mkdir(exist_ok=True)
+    Image.fromarray(photographs.chelsea()).save(picture)
+    print(f'Loading trained weights: timm.create_model("{TRAINED}", pretrained=True)')
+    model = timm.create_model(TRAINED, pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    with torch.no_grad():
+        probabilities = model(transform(Image.open(picture)).unsqueeze(0)).softmax(1)[0]
+    names = model.pretrained_cfg['label_names']
+    # half of CIFAR-10's test images are right: see the card
+    best = [f'{names[i]} {p:.0%}' for p, i in zip(*probabilities.topk(3), strict=True)]
+    print(f'{picture} looks like', ', '.join(best))
+    run(TIMM_ELA, 'plot', picture, '--model', TRAINED, '-o', ROOT / 'cat-attention.png')
 
 
 def write_digits(folder: Path) -> None:
@@ -78,7 +99,8 @@ def check(exported: Path, checkpoint: Path | None) -> None:
 
 
 def main() -> None:
-    """Trains, validates, exports, loads back, draws."""
+    """Classifies with the weights that ship; then trains, validates, exports, loads back, draws."""
+    show_trained()
     data, run_dir, exported = ROOT / 'digits', ROOT / 'runs' / 'digits', ROOT / f'{MODEL}.digits'
     write_digits(data)
     scripts = find_scripts()
@@ -102,7 +124,7 @@ def main() -> None:
     check(exported, checkpoint)
     picture = next((data / 'validation' / '5').glob('*.png'))
     run(TIMM_ELA, 'plot', picture, '--model', f'local-dir:{exported}', '-o', ROOT / 'attention.png')
-    print(f'\nSee {ROOT / "attention.png"}')
+    print(f'\nSee {ROOT / "cat-attention.png"} and {ROOT / "attention.png"}')
 
 
 if __name__ == '__main__':

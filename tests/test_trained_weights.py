@@ -1,0 +1,90 @@
+"""The trained weights that ship are what their card says, offline and to the digit."""
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import ROOT, run
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from timm_ela import EfficientLocalAttention
+from timm_ela.registry import MODELS
+
+sys.path.insert(0, str(ROOT / 'weights_cards'))
+import study_report as report
+
+CARDS = ROOT / 'weights_cards'
+FOLDERS = sorted(path.parent for path in CARDS.glob('*/config.json'))
+assert FOLDERS
+pytestmark = pytest.mark.parametrize('folder', FOLDERS, ids=lambda folder: folder.name)
+
+
+def load(folder: Path):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+
+
+def card(folder: Path) -> str:
+    return (folder / 'README.md').read_text(encoding='utf-8')
+
+
+def accuracy(folder: Path) -> float:
+    results = ModelCard.load(folder / 'README.md').data.eval_results
+    return next(result.metric_value for result in results if result.metric_name == 'Top-1 accuracy')
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """The study's runs of this model from scratch."""
+    _, data = folder.name.split('.')
+    table = report.read(CARDS / 'studies' / f'{data}.csv')
+    return report.of(table, model=folder.name.split('.')[0], start=report.SCRATCH)
+
+
+def test_a_folder_is_what_a_repository_would_hold_and_small(folder):
+    assert {path.name for path in folder.iterdir()} == {'README.md', 'config.json', 'model.safetensors'}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
+
+
+def test_the_weights_load_strictly_and_are_trained(folder):
+    model = load(folder)
+    weights = load_file(folder / 'model.safetensors')
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    assert all(m.gn.bias.abs().max() > 1e-2 for m in model.modules() if isinstance(m, EfficientLocalAttention))
+
+
+def test_the_class_names_are_in_the_config(folder):
+    config = json.loads((folder / 'config.json').read_text())
+    assert len(config['label_names']) == config['num_classes'] == load(folder).num_classes
+    assert config['architecture'] in MODELS
+
+
+def test_the_cards_code_gives_the_logits_that_stand_below_it(folder):
+    code, logits = re.search(r'## A check.*?```python\n(.*?)```.*?```json\n(.*?)```', card(folder), re.DOTALL).groups()
+    names = {'model': load(folder)}
+    exec(code, names)
+    expected = torch.tensor(json.loads(logits))
+    torch.testing.assert_close(names['logits'], expected, rtol=0, atol=1e-3)
+    assert names['logits'].argmax() == expected.argmax()
+
+
+def test_the_cards_accuracy_is_that_of_the_studys_run(folder):
+    seed = re.search(r'--seed (\d+)', card(folder))[1]
+    assert accuracy(folder) == float(next(row['top1'] for row in rows(folder) if row['seed'] == seed))
+    assert f'{report.spread(list(report.top1(rows(folder)).values()))} %' in card(folder)
+
+
+@pytest.mark.skipif(
+    not {'TIMM_SCRIPTS', 'CIFAR10'} <= os.environ.keys(),
+    reason='TIMM_SCRIPTS or CIFAR10 is not set: timm\'s scripts, and the images in train/ and test/')
+def test_timms_validate_measures_the_accuracy_of_the_card(folder, tmp_path):
+    validate, images = (Path(os.environ[name]).resolve() for name in ('TIMM_SCRIPTS', 'CIFAR10'))
+    run([sys.executable, validate / 'validate.py', '--data-dir', images,
+         '--split', 'test', '--model', f'local-dir:{folder}', '--pretrained', '--device', 'cpu', '--channels-last',
+         '--results-file', tmp_path / 'results.json', '--results-format', 'json'])
+    measured = json.loads((tmp_path / 'results.json').read_text())['top1']
+    assert measured == pytest.approx(accuracy(folder), abs=0.05)
