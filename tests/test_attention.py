@@ -275,6 +275,7 @@ WAYS = {
     'scripted': lambda m, x: torch.jit.script(m),
     'traced': lambda m, x: torch.jit.trace(m, x),
     'symbolically_traced': lambda m, x: torch.fx.symbolic_trace(m),
+    'symbolically_traced_and_scripted': lambda m, x: torch.jit.script(torch.fx.symbolic_trace(m)),
     'compiled': lambda m, x: torch.compile(m, backend='eager', fullgraph=True),
     'exported': exported,
     'copied': lambda m, x: copy.deepcopy(m),

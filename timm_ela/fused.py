@@ -194,8 +194,15 @@ def ela(
         ValueError: If x is not 4-D, its channels are not those of the weights, or devices or dtypes are mixed (other
             dtypes of the weights are right under autocast); in eager mode.
     """
-    args = (conv_weight, norm_weight, norm_bias, norm_groups, eps)
-    if torch.jit.is_scripting() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if torch.jit.is_scripting():  # an fx graph is scripted through this function
+        return ela_reference(x, conv_weight, norm_weight, norm_bias, norm_groups, eps)
+    else:
+        return _ela(x, conv_weight, norm_weight, norm_bias, norm_groups, eps)
+
+
+def _ela(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, groups: int, eps: float) -> Tensor:
+    args = (conv_weight, norm_weight, norm_bias, groups, eps)
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return ela_reference(x, *args)  # a compiler fuses it by itself, and an export needs nothing of ours to run
     _check(x, conv_weight, norm_weight, norm_bias)
     # torch.func and forward-mode derivatives want the formula
@@ -204,7 +211,7 @@ def ela(
     if _FUSED > 1:
         from .triton_op import ela_triton, supported
 
-        if supported(x, conv_weight, norm_weight, norm_bias, norm_groups):
+        if supported(x, conv_weight, norm_weight, norm_bias, groups):
             return ela_triton(x, *args)
     x, z_h, z_w = _Pool.apply(x)
     return _Gate.apply(x, _logits(z_h, *args), _logits(z_w, *args))
