@@ -128,7 +128,7 @@ class _Gate(Function):
         return _gated(x, logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, logits_h, logits_w = ctx.saved_tensors
         a_h, a_w = logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
         grad_x = _gated(grad, a_h, a_w)

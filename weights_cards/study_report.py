@@ -66,10 +66,10 @@ def interval(difference: tuple[float, float] | None) -> str:
     return f'{middle:+.2f} [{middle - half:+.2f}, {middle + half:+.2f}]'
 
 
-def verdict(title: str, difference: tuple[float, float]) -> str:
+def verdict(title: str, difference: tuple[float, float], other: str = 'the plain model') -> str:
     """One sentence that claims no more than the interval does."""
     middle, half = difference
-    where = f'{abs(middle):.2f} points {"above" if middle > 0 else "below"} the plain model'
+    where = f'{abs(middle):.2f} points {"above" if middle > 0 else "below"} {other}'
     if abs(middle) <= half:
         return f'{title} is {where}, and its interval holds zero: no difference is shown.'
     return f'{title} is {where}, and its interval does not hold zero.'
@@ -111,7 +111,7 @@ def tables(rows: list[dict[str, str]], backbone: str) -> list[str]:
         lines = [line(of(here, attention='plain'), 'none', None), line(scratch, f'{TITLES[arm]} from scratch', plain),
                  line(grafts, title, plain)]
         sentences = [
-            f'- {verdict(title, difference).replace("the plain model", other)}'
+            f'- {verdict(title, difference, other)}'
             for values, other in ((plain, 'the plain model'), (top1(scratch), 'the one from scratch'))
             if (difference := paired(top1(grafts), values))]
         parts += [
