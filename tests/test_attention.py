@@ -214,7 +214,7 @@ def test_errors_are_one_line_and_name_the_value(call, value):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('shape', [(1, 16, 1, 5), (1, 16, 5, 1)])
+@pytest.mark.parametrize('shape', [(1, 16, 1, 5), (1, 16, 5, 1), (1, 16, 1, 1)])
 def test_group_norm_says_itself_that_a_group_holds_a_single_value(shape):
     with pytest.raises(ValueError, match='Expected more than 1 value per channel'):
         EfficientLocalAttention(16, 'b').eval()(torch.randn(shape))

@@ -71,6 +71,13 @@ def ela_reference(
     return x * a_h.to(x.dtype).unsqueeze(3) * a_w.to(x.dtype).unsqueeze(2)
 
 
+def _lay_out(strip: Tensor, x: Tensor) -> Tensor:
+    """A strip (N, C, L) with its channels side by side where x's are: a product of unlike layouts takes far longer."""
+    if x.stride(1) == 1 and x.device.type == 'cpu':
+        return strip.transpose(1, 2).contiguous().transpose(1, 2)
+    return strip
+
+
 def pool_strips(x: Tensor) -> tuple[Tensor, Tensor]:
     """Means of x over its width (N, C, H) and over its height (N, C, W), each by the faster way for x's layout."""
     if x.stride(1) == 1 and x.device.type == 'cpu':
@@ -90,7 +97,8 @@ class _Pool(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_h: Tensor, grad_w: Tensor) -> Tensor:
         height, width = ctx.size
-        grad_h, grad_w = (grad_h / width).unsqueeze(3), (grad_w / height).unsqueeze(2)
+        grad_h = _lay_out(grad_h / width, grad).unsqueeze(3)
+        grad_w = _lay_out(grad_w / height, grad).unsqueeze(2)
         if torch.is_grad_enabled():  # a graph of this backward is asked for
             return grad + grad_h + grad_w
         return grad.add_(grad_h).add_(grad_w)  # made by _Gate.backward, nobody else holds it
@@ -98,8 +106,8 @@ class _Pool(Function):
 
 def _depthwise_conv(z: Tensor, weight: Tensor) -> Tensor:
     # conv1d would leave oneDNN for short strips, and take 20 times as long
-    z, weight = z.unsqueeze(3), weight.unsqueeze(3)
-    return F.conv2d(z, weight, None, padding=[weight.shape[2] // 2, 0], groups=weight.shape[0]).squeeze(3)
+    z, weight = z.unsqueeze(2), weight.unsqueeze(2)
+    return F.conv2d(z, weight, None, padding=[0, weight.shape[3] // 2], groups=weight.shape[0]).squeeze(2)
 
 
 class _DepthwiseConv(Function):
@@ -151,6 +159,15 @@ def _logits(z: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tens
     return strip_logits(z, conv_weight, norm_weight, norm_bias, groups, eps)
 
 
+def _both_logits(x: Tensor, z_h: Tensor, z_w: Tensor, *args: Any) -> list[Tensor]:
+    """The logits of both gates of x in its layout, in one batch where the strips are of one length."""
+    # of length 1 they go alone: GroupNorm refuses a single value, but not two samples of one
+    if z_h.shape == z_w.shape and z_h.shape[2] > 1:
+        both = torch.cat([z_h.unsqueeze(2), z_w.unsqueeze(2)]).squeeze(2)  # of 4-D strips, cat keeps the layout
+        return list(_lay_out(_logits(both, *args), x).chunk(2))
+    return [_lay_out(_logits(z, *args), x) for z in (z_h, z_w)]
+
+
 def _check(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> None:
     if x.ndim != 4 or x.shape[1] != norm_weight.shape[0]:
         raise ValueError(
@@ -174,7 +191,7 @@ def ela_gates(
     """The two gates a_h (N, C, H) and a_w (N, C, W) in x's dtype. Arguments and errors as in `ela`."""
     _check(x, conv_weight, norm_weight, norm_bias)
     args = (conv_weight, norm_weight, norm_bias, norm_groups, eps)
-    a_h, a_w = (strip_logits(z, *args).sigmoid().to(x.dtype) for z in pool_strips(x))
+    a_h, a_w = (logits.sigmoid().to(x.dtype) for logits in _both_logits(x, *pool_strips(x), *args))
     return a_h, a_w
 
 
@@ -214,4 +231,4 @@ def _ela(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor,
         if supported(x, conv_weight, norm_weight, norm_bias, groups):
             return ela_triton(x, *args)
     x, z_h, z_w = _Pool.apply(x)
-    return _Gate.apply(x, _logits(z_h, *args), _logits(z_w, *args))
+    return _Gate.apply(x, *_both_logits(x, z_h, z_w, *args))
