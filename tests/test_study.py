@@ -37,7 +37,7 @@ def cells(page: str, first: str) -> list[str]:
 @pytest.fixture
 def page(tmp_path):
     def page(rows):
-        report.write_report(tmp_path / 'studies', 'data', rows)
+        report.write_report(tmp_path / 'studies' / 'data.csv', rows)
         return (tmp_path / 'studies' / 'data.md').read_text()
 
     return page
@@ -84,14 +84,19 @@ def test_the_pictures_are_those_of_the_page_and_not_blank(page, tmp_path):
             assert np.asarray(picture.convert('L')).std() > 10
 
 
-def test_the_study_that_ships_is_the_page_of_its_table(tmp_path):
-    studies = ROOT / 'weights_cards' / 'studies'
-    tables = list(studies.glob('*.csv'))
+def test_of_one_arm_alone_there_is_no_picture(page, tmp_path):
+    text = page(runs({'ela_b': (51, 53, 55)}))
+    assert cells(text, 'ELA-B')[:2] == ['3', '53.00 ± 2.00']
+    assert '![' not in text and not list((tmp_path / 'studies').glob('*.png'))
+
+
+def test_the_studies_that_ship_are_the_pages_of_their_tables(tmp_path):
+    tables = list((ROOT / 'weights_cards' / 'studies').glob('**/*.csv'))
     assert tables
     for table in tables:
-        report.write_report(tmp_path, table.stem, report.read(table))
+        report.write_report(tmp_path / table.name, report.read(table))
         for written in (table.name, f'{table.stem}.md'):
-            assert (tmp_path / written).read_text() == (studies / written).read_text()
+            assert (tmp_path / written).read_text() == (table.parent / written).read_text()
 
 
 def study(*args: object, **kwargs):
@@ -157,3 +162,13 @@ def test_a_study_runs_once_and_goes_on_where_it_was_cut_off(pictures, tmp_path):
 
     done = study(pictures, *common, '--epochs', 3, '--arms', 'plain', exit_code=1)
     assert 'is a run with epochs 2, not 3: choose another --output' in done.stderr
+
+    # what the table has is not done again elsewhere, where it was made as it would be made now
+    table, elsewhere = out / 'studies' / 'tints.csv', tmp_path / 'elsewhere'
+    common = ('--scripts', scripts, '--output', elsewhere, '--studies', table.parent, '--images', 30, '--seeds', 1)
+    study(pictures, *common, '--epochs', 2, '--arms', 'plain', 'eca')
+    assert [path.parent.name for path in elsewhere.glob('*/log')] == ['mobilenetv2_050_eca.seed0']
+    assert [row['attention'] for row in rows_of(table)] == ['plain', 'eca', 'ela_b', 'ela_b']
+    done = study(pictures, *common, '--epochs', 3, '--arms', 'plain', exit_code=1)
+    assert 'is a run with epochs 2, not 3: choose another --studies' in done.stderr
+    assert len(rows_of(table)) == 4

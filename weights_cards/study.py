@@ -1,6 +1,7 @@
 """`make study`: ELA and its rivals trained by timm's own train.py, one recipe for all, over several seeds.
 
 Runs what is not done yet and goes on with what was cut off, then writes one row a run to a table, `<data>.csv`.
+What stands in the table already, by the same recipe, versions and hardware, is done, too, wherever it ran.
 `study_report.py` makes the page and the pictures of it.
 """
 import argparse
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import timm
 import torch
 import yaml
-from study_report import write_report
+from study_report import SCRATCH, read, write_report
 
 import timm_ela
 from timm_ela.bench import hardware
@@ -81,7 +82,7 @@ def execute(command: list[object], log: Path, threads: int, keep: tuple[int, ...
 def describe(args: argparse.Namespace, run: Run) -> dict[str, object]:
     """What makes the run what it is, and where it runs."""
     return {
-        'start': f'plain, {args.epochs // 2} epochs' if run.grafted else 'scratch', 'epochs': args.epochs,
+        'start': f'plain, {args.epochs // 2} epochs' if run.grafted else SCRATCH, 'epochs': args.epochs,
         **args.counts,
         'recipe': ' '.join([*options(RECIPE), *([] if run.grafted else options(HEAD_INIT)), *FLAGS]),
         'device': args.device, 'hardware': f'{hardware(torch.device(args.device))}, {os.cpu_count()} cores',
@@ -94,16 +95,24 @@ def threads(args: argparse.Namespace) -> int:
     return max(1, (os.cpu_count() or 1) // args.jobs) if args.device == 'cpu' else 1
 
 
+def check_same(wanted: dict[str, object], found: dict[str, str], where: object, option: str) -> None:
+    """Raises ValueError where a run was made otherwise than the study would make it now."""
+    for key, value in wanted.items():
+        if str(found[key]) != str(value) and key not in ('threads', 'parallel_runs'):
+            raise ValueError(f'{where} is a run with {key} {found[key]}, not {value}: choose another {option}')
+
+
 def carry_out(args: argparse.Namespace, run: Run) -> None:
     """Trains, or goes on training, and validates the last epoch's weights; what is done is not done again."""
-    folder = args.output / run.name
+    folder, wanted = args.output / run.name, describe(args, run)
+    if not folder.exists() and run.name in args.known:
+        check_same(wanted, args.known[run.name], f'{run.name} in {args.table}', '--studies')
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    wanted, file = describe(args, run), folder / 'study.json'
+    file = folder / 'study.json'
     if not file.exists():
         file.write_text(json.dumps(wanted, indent=2) + '\n')
-    for key, value in json.loads(file.read_text()).items():
-        if wanted[key] != value and key not in ('threads', 'parallel_runs'):
-            raise ValueError(f'{folder} is a run with {key} {value}, not {wanted[key]}: choose another --output')
+    check_same(wanted, json.loads(file.read_text()), folder, '--output')
     if (folder / 'validate.json').exists():
         return
     with open(folder / 'lock', 'w') as lock:  # a train.py that outlived its study holds it, too
@@ -126,6 +135,8 @@ def train(args: argparse.Namespace, run: Run, folder: Path, lock: int) -> None:
             plain, half = args.output / run._replace(arm='plain', grafted=False).name, args.epochs // 2
             if not (folder / 'graft').exists():
                 checkpoint = plain / f'checkpoint-{half - 1}.pth.tar'
+                if not checkpoint.exists():
+                    raise FileNotFoundError(f'there is no {checkpoint}: train the plain model here, into another table')
                 execute([TIMM_ELA, 'convert', checkpoint, folder / 'graft', '--model', run.model], log, threads(args))
             start = {'initial-checkpoint': folder / 'graft' / 'model.safetensors', 'start-epoch': half}
         execute([
@@ -154,6 +165,12 @@ def split(data: Path, out: Path, per_class: int) -> Path:
     return out
 
 
+def known_rows(table: Path) -> dict[str, dict[str, str]]:
+    """The rows of a table that was written before, by the names of their runs."""
+    rows = read(table) if table.exists() else []
+    return {Run(row['backbone'], row['attention'], int(row['seed']), row['start'] != SCRATCH).name: row for row in rows}
+
+
 def measure_speed(args: argparse.Namespace, models: set[str]) -> dict[str, int]:
     """Training images a second of each model, from one interleaved run, beside the plain ones."""
     file, part = args.output / f'speed-{args.device}.json', args.output / 'speed.part'
@@ -170,7 +187,7 @@ def measure_speed(args: argparse.Namespace, models: set[str]) -> dict[str, int]:
     return {row['model']: round(row['training_images_per_s']) for row in measured}
 
 
-def table_row(args: argparse.Namespace, run: Run, speeds: dict[str, int]) -> dict[str, object]:
+def table_row(args: argparse.Namespace, run: Run) -> dict[str, object]:
     """What the table holds of one run, all of it read from the files of the run."""
     folder = args.output / run.name
     result, epochs = json.loads((folder / 'validate.json').read_text()), summary(folder)
@@ -182,7 +199,7 @@ def table_row(args: argparse.Namespace, run: Run, speeds: dict[str, int]) -> dic
         'best_top1': max(float(epoch['eval_top1']) for epoch in epochs),
         'top1_by_epoch': ' '.join(epoch['eval_top1'] for epoch in epochs),
         'train_loss': round(float(epochs[-1]['train_loss']), 4), 'params': params, 'macs': macs,
-        'train_images_per_second': speeds.get(run.model, ''),
+        'train_images_per_second': '',
         'resumed': (folder / 'summary.csv').read_text().count('epoch,') - 1,
         **json.loads((folder / 'study.json').read_text()),
     }
@@ -201,7 +218,7 @@ def main() -> None:
     parser.add_argument('data', type=Path, help='image folder with train/ and test/')
     parser.add_argument('--scripts', type=Path, required=True, help='folder of timm\'s train.py and validate.py alone')
     parser.add_argument('--output', type=Path, default=Path('output/study'), help='where the runs are kept')
-    parser.add_argument('--studies', type=Path, help='where table and page are written (default: OUTPUT/studies)')
+    parser.add_argument('--studies', type=Path, help='where table and page are kept (default: OUTPUT/studies)')
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time')
     parser.add_argument('--workers', type=int, default=1, help='loader processes of a run')
@@ -216,8 +233,10 @@ def main() -> None:
         if not needed.exists():
             parser.error(f'there is no {needed}')
     args.output = args.output.resolve()
+    args.table = (args.studies or args.output / 'studies') / f'{args.data.name}.csv'
+    args.known = known_rows(args.table)
     args.classes = sorted(folder.name for folder in (args.data / 'train').iterdir())
-    data, args.data = args.data, split(args.data, args.output / f'first-{args.images}' / args.data.name, args.images)
+    args.data = split(args.data, args.output / f'first-{args.images}' / args.data.name, args.images)
     args.counts = {f'{part}_images': sum(1 for _ in (args.data / part).glob('*/*')) for part in ('train', 'test')}
 
     failed = False
@@ -233,9 +252,12 @@ def main() -> None:
                 pool.shutdown(cancel_futures=True)
                 sys.exit('interrupted: the same command goes on')
     done = [run for runs in phases(args) for run in runs if (args.output / run.name / 'validate.json').exists()]
-    if done:
-        speeds = measure_speed(args, {run.model for run in done})
-        write_report(args.studies or args.output / 'studies', data.name, [table_row(args, run, speeds) for run in done])
+    rows = {**args.known, **{run.name: table_row(args, run) for run in done}}
+    if rows:
+        speeds = measure_speed(args, {row['model'] for row in rows.values()})
+        for row in rows.values():
+            row['train_images_per_second'] = speeds.get(row['model'], '')
+        write_report(args.table, list(rows.values()))
     sys.exit(failed)
 
 

@@ -122,6 +122,12 @@ def tables(rows: list[dict[str, str]], backbone: str) -> list[str]:
     return [part for part in parts if part]
 
 
+def pictures(rows: list[dict[str, str]], name: str, backbone: str) -> list[tuple[str, str, str, str]]:
+    """Column, label, alternative text and file of the pictures there are: one arm alone is none."""
+    return [(column, label, alt, f'{name}.{backbone}.{column}.png') for column, label, alt in PICTURES
+            if len({row['attention'] for row in of(rows, backbone=backbone, start=SCRATCH) if row[column]}) > 1]
+
+
 def draw(rows: list[dict[str, str]], backbone: str, column: str, label: str, path: Path) -> None:
     """Accuracy against a column of the table: means over the seeds, and their standard deviation."""
     from matplotlib.figure import Figure
@@ -161,24 +167,22 @@ def page(rows: list[dict[str, str]], name: str) -> str:
     ]
     for backbone in backbones:
         parts += tables(rows, backbone)
-        for column, _, alt in PICTURES:
-            picture = f'{name}.{backbone}.{column}.png'
-            if any(row[column] for row in of(rows, backbone=backbone)):
-                parts.append(f'![{alt}]({picture})')
+        parts += [f'![{alt}]({picture})' for *_, alt, picture in pictures(rows, name, backbone)]
     return '\n\n'.join(part for part in parts if part) + '\n'
 
 
-def write_report(folder: Path, name: str, rows: list[dict[str, object]]) -> None:
-    """Writes `<name>.csv`, and from it `<name>.md` and its pictures."""
+def write_report(path: Path, rows: list[dict[str, object]]) -> None:
+    """Writes the table `<name>.csv`, and from it `<name>.md` and its pictures."""
+    folder, name, text = path.parent, path.stem, StringIO(newline='')
     folder.mkdir(parents=True, exist_ok=True)
-    path, text = folder / f'{name}.csv', StringIO(newline='')
+    rows = sorted(rows, key=lambda row: (row['backbone'], row['start'] != SCRATCH, int(row['seed']),
+                                         ARMS.index(row['attention'])))
     writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)), lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
     path.write_text(text.getvalue())
     table = read(path)
     for backbone in dict.fromkeys(row['backbone'] for row in table):
-        for column, label, _ in PICTURES:
-            if any(row[column] for row in of(table, backbone=backbone)):
-                draw(table, backbone, column, label, folder / f'{name}.{backbone}.{column}.png')
+        for column, label, _, picture in pictures(table, name, backbone):
+            draw(table, backbone, column, label, folder / picture)
     (folder / f'{name}.md').write_text(page(table, name))
