@@ -130,10 +130,11 @@ def test_views_give_what_their_copies_give_and_are_not_written_to(make, view, no
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+@pytest.mark.parametrize('size', [(3, 4), (3, 3)], ids=str)
 @pytest.mark.parametrize('variant', ['b', 's'])
-def test_first_and_second_derivatives_pass_gradcheck(make, variant, memory_format):
+def test_first_and_second_derivatives_pass_gradcheck(make, variant, size, memory_format):
     m = make(8, variant, dtype=torch.float64)
-    x = torch.randn(2, 8, 3, 4, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    x = torch.randn(2, 8, *size, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
     names = [k for k, _ in m.named_parameters()]
 
     def f(x, *values):
@@ -305,6 +306,12 @@ def test_an_ensemble_of_modules_runs_under_vmap(make):
     x = torch.randn(2, 16, 6, 5)
     y = vmap(lambda p, b: functional_call(modules[0], (p, b), (x,)))(params, buffers)
     torch.testing.assert_close(y, torch.stack([m(x) for m in modules]))
+
+
+def test_gates_run_under_vmap(make):
+    m, x = make(16, 'b'), torch.randn(3, 2, 16, 6, 5)
+    for together, one_by_one in zip(vmap(m.gates)(x), zip(*map(m.gates, x), strict=True), strict=True):
+        torch.testing.assert_close(together, torch.stack(one_by_one))
 
 
 def test_gradients_of_each_sample_run_under_vmap(make):

@@ -211,8 +211,9 @@ def test_fifty_steps_of_training_end_where_the_plain_formula_ends(memory_format,
     torch.testing.assert_close(losses[-1], expected[-1], rtol=0.05, atol=1e-3)
 
 
-def test_an_empty_batch_gives_an_empty_output_and_no_gradient(make, memory_format):
-    m, x = make(32), torch.randn(0, 32, 6, 11).to(memory_format=memory_format).requires_grad_()
+@pytest.mark.parametrize('size', [(6, 11), (6, 6)], ids=str)
+def test_an_empty_batch_gives_an_empty_output_and_no_gradient(make, size, memory_format):
+    m, x = make(32), torch.randn(0, 32, *size).to(memory_format=memory_format).requires_grad_()
     y = m(x)
     assert y.shape == x.shape
     y.sum().backward()

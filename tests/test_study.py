@@ -1,7 +1,7 @@
 """`make study`: the page says what the table holds and no more; what is done is not done again."""
-import csv
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +18,7 @@ RUN = {
     'backbone': 'mobilenetv2_050', 'start': 'scratch', 'best_top1': 60, 'params': 700_000, 'macs': 8_000_000,
     'train_images_per_second': 400, 'train_images': 40_000, 'test_images': 10_000, 'epochs': 4, 'img_size': 64,
     'recipe': '--opt sgd', 'hardware': 'a CPU', 'device': 'cpu', 'threads': 1, 'parallel_runs': 2, 'python': '3',
-    'torch': '2', 'timm': '1', 'timm_ela': '0',
+    'torch': '2', 'timm': '1', 'timm_ela': '0', 'train_py': 'ab',
 }
 TOP1 = {'plain': (50, 51, 52), 'ela_b': (51, 53, 55), 'se': (52, 50, 53)}  # of the seeds 0, 1, 2
 
@@ -97,6 +97,29 @@ def test_the_studies_that_ship_are_the_pages_of_their_tables(tmp_path):
         report.write_report(tmp_path / table.name, report.read(table))
         for written in (table.name, f'{table.stem}.md'):
             assert (tmp_path / written).read_text() == (table.parent / written).read_text()
+        shown = set(re.findall(r'\]\((\S+\.png)\)', (table.parent / f'{table.stem}.md').read_text()))
+        assert shown == {path.name for path in table.parent.glob(f'{table.stem}.*.png')}
+
+
+def test_the_readme_quotes_the_study_that_ships():
+    readme = ' '.join((ROOT / 'README.md').read_text().split())
+    rows = report.read(ROOT / 'weights_cards' / 'studies' / 'cifar10.csv')
+    plain = report.top1(report.of(rows, attention='plain'))
+    for arm, start in (('ela_b', report.SCRATCH), ('ela_s', report.SCRATCH), ('ela_b', 'plain, 2 epochs'),
+                       ('se', report.SCRATCH), ('ca', report.SCRATCH)):
+        middle, half = report.paired(report.top1(report.of(rows, attention=arm, start=start)), plain)
+        assert f'{middle:+.2f} [{middle - half:+.2f}, {middle + half:+.2f}]' in readme
+
+
+@pytest.mark.parametrize(('column', 'changes', 'said'), [
+    ('epochs', {'epochs': 8}, 'epochs is 4 in some runs, 8 in others'),
+    ('device', {'device': 'cuda'}, 'device is cpu in some runs, cuda in others'),
+    ('recipe', {'recipe': '--opt adam'}, 'recipe is --opt adam in some runs, --opt sgd in others'),
+])
+def test_runs_that_were_made_otherwise_are_not_compared(column, changes, said):
+    with pytest.raises(ValueError, match=said):
+        report.check_one_study(runs(TOP1) + runs({'eca': (50, 50, 50)}, **changes))
+    report.check_one_study(runs(TOP1) + runs({'ela_b': (50, 50, 50)}, start='a graft', recipe='its own'))
 
 
 def study(*args: object, **kwargs):
@@ -123,11 +146,6 @@ def pictures(tmp_path):
     return tmp_path / 'tints'
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with open(path) as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.skipif(
     'TIMM_SCRIPTS' not in os.environ, reason='TIMM_SCRIPTS is not set: the folder of timm\'s train.py and its like')
 def test_a_study_runs_once_and_goes_on_where_it_was_cut_off(pictures, tmp_path):
@@ -136,7 +154,7 @@ def test_a_study_runs_once_and_goes_on_where_it_was_cut_off(pictures, tmp_path):
 
     def go():
         study(pictures, *common, '--epochs', 2, '--arms', 'plain', 'ela_b')
-        return rows_of(out / 'studies' / 'tints.csv')
+        return report.read(out / 'studies' / 'tints.csv')
 
     rows = go()
     assert [(row['model'], row['start'], row['train_images']) for row in rows] == [
@@ -168,7 +186,7 @@ def test_a_study_runs_once_and_goes_on_where_it_was_cut_off(pictures, tmp_path):
     common = ('--scripts', scripts, '--output', elsewhere, '--studies', table.parent, '--images', 30, '--seeds', 1)
     study(pictures, *common, '--epochs', 2, '--arms', 'plain', 'eca')
     assert [path.parent.name for path in elsewhere.glob('*/log')] == ['mobilenetv2_050_eca.seed0']
-    assert [row['attention'] for row in rows_of(table)] == ['plain', 'eca', 'ela_b', 'ela_b']
+    assert [row['attention'] for row in report.read(table)] == ['plain', 'eca', 'ela_b', 'ela_b']
     done = study(pictures, *common, '--epochs', 3, '--arms', 'plain', exit_code=1)
     assert 'is a run with epochs 2, not 3: choose another --studies' in done.stderr
-    assert len(rows_of(table)) == 4
+    assert len(report.read(table)) == 4

@@ -38,10 +38,11 @@ def accuracy(folder: Path) -> float:
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    """The study's runs of this model from scratch."""
-    _, data = folder.name.split('.')
-    table = report.read(CARDS / 'studies' / f'{data}.csv')
-    return report.of(table, model=folder.name.split('.')[0], start=report.SCRATCH)
+    """The runs of this model from scratch, in the study that has its number of epochs."""
+    model, data = folder.name.split('.')
+    epochs = re.search(r'--epochs (\d+)', card(folder))[1]
+    tables = [report.read(path) for path in CARDS.glob(f'studies/**/{data}.csv')]
+    return [row for table in tables for row in report.of(table, model=model, start=report.SCRATCH, epochs=epochs)]
 
 
 def test_a_folder_is_what_a_repository_would_hold_and_small(folder):

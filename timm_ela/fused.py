@@ -191,7 +191,7 @@ def ela_gates(
     """The two gates a_h (N, C, H) and a_w (N, C, W) in x's dtype. Arguments and errors as in `ela`."""
     _check(x, conv_weight, norm_weight, norm_bias)
     args = (conv_weight, norm_weight, norm_bias, norm_groups, eps)
-    a_h, a_w = (logits.sigmoid().to(x.dtype) for logits in _both_logits(x, *pool_strips(x), *args))
+    a_h, a_w = (strip_logits(z, *args).sigmoid().to(x.dtype) for z in pool_strips(x))
     return a_h, a_w
 
 

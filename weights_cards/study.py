@@ -7,6 +7,7 @@ What stands in the table already, by the same recipe, versions and hardware, is 
 import argparse
 import csv
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -14,12 +15,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
 import yaml
-from study_report import SCRATCH, read, write_report
+from study_report import SCRATCH, check_one_study, read, write_report
 
 import timm_ela
 from timm_ela.bench import hardware
@@ -84,11 +85,20 @@ def describe(args: argparse.Namespace, run: Run) -> dict[str, object]:
     return {
         'start': f'plain, {args.epochs // 2} epochs' if run.grafted else SCRATCH, 'epochs': args.epochs,
         **args.counts,
-        'recipe': ' '.join([*options(RECIPE), *([] if run.grafted else options(HEAD_INIT)), *FLAGS]),
-        'device': args.device, 'hardware': f'{hardware(torch.device(args.device))}, {os.cpu_count()} cores',
+        'recipe': ' '.join([*options(RECIPE), *([] if run.grafted else options(HEAD_INIT)), *FLAGS, *amp(args)]),
+        'device': args.device, 'hardware': machine(args),
         'threads': threads(args), 'parallel_runs': args.jobs, 'python': platform.python_version(),
         'torch': torch.__version__, 'timm': timm.__version__, 'timm_ela': timm_ela.__version__,
+        'train_py': hashlib.sha256((args.scripts / 'train.py').read_bytes()).hexdigest()[:12],
     }
+
+
+def amp(args: argparse.Namespace) -> list[str]:
+    return ['--amp', '--amp-dtype', 'bfloat16'] if args.device == 'cuda' else []
+
+
+def machine(args: argparse.Namespace) -> str:
+    return f'{hardware(torch.device(args.device))}, {os.cpu_count()} cores'
 
 
 def threads(args: argparse.Namespace) -> int:
@@ -98,8 +108,8 @@ def threads(args: argparse.Namespace) -> int:
 def check_same(wanted: dict[str, object], found: dict[str, str], where: object, option: str) -> None:
     """Raises ValueError where a run was made otherwise than the study would make it now."""
     for key, value in wanted.items():
-        if str(found[key]) != str(value) and key not in ('threads', 'parallel_runs'):
-            raise ValueError(f'{where} is a run with {key} {found[key]}, not {value}: choose another {option}')
+        if str(found.get(key)) != str(value) and key not in ('threads', 'parallel_runs'):
+            raise ValueError(f'{where} is a run with {key} {found.get(key)}, not {value}: choose another {option}')
 
 
 def carry_out(args: argparse.Namespace, run: Run) -> None:
@@ -125,31 +135,32 @@ def carry_out(args: argparse.Namespace, run: Run) -> None:
 
 def train(args: argparse.Namespace, run: Run, folder: Path, lock: int) -> None:
     data = {'data-dir': args.data, 'model': run.model, 'num-classes': len(args.classes), 'device': args.device}
-    amp = ['--amp', '--amp-dtype', 'bfloat16'] if args.device == 'cuda' else []
     log, last = folder / 'log', folder / f'checkpoint-{args.epochs - 1}.pth.tar'  # train.py writes it at the very end
     if not last.exists():
         start: dict[str, object] = {} if run.grafted else HEAD_INIT
         if (folder / 'last.pth.tar').exists():
             start = {**start, 'resume': folder / 'last.pth.tar'}
         elif run.grafted:
-            plain, half = args.output / run._replace(arm='plain', grafted=False).name, args.epochs // 2
+            half, parent = args.epochs // 2, run._replace(arm='plain', grafted=False)
             if not (folder / 'graft').exists():
-                checkpoint = plain / f'checkpoint-{half - 1}.pth.tar'
-                if not checkpoint.exists():
-                    raise FileNotFoundError(f'there is no {checkpoint}: train the plain model here, into another table')
-                execute([TIMM_ELA, 'convert', checkpoint, folder / 'graft', '--model', run.model], log, threads(args))
+                plain, checkpoint = args.output / parent.name, f'checkpoint-{half - 1}.pth.tar'
+                if not (plain / checkpoint).exists():
+                    raise FileNotFoundError(f'there is no {checkpoint} in {plain}: train that here, into another table')
+                check_same(describe(args, parent), json.loads((plain / 'study.json').read_text()), plain, '--output')
+                convert = [TIMM_ELA, 'convert', plain / checkpoint, folder / 'graft', '--model', run.model]
+                execute(convert, log, threads(args))
             start = {'initial-checkpoint': folder / 'graft' / 'model.safetensors', 'start-epoch': half}
         execute([
             sys.executable, args.scripts / 'train.py', *options({
                 **data, 'val-split': 'test', **RECIPE, 'epochs': args.epochs, 'seed': run.seed, **start,
                 'workers': args.workers, 'checkpoint-hist': args.epochs, 'log-interval': 500,
-                'output': folder.parent, 'experiment': folder.name}), *FLAGS, *amp], log, threads(args), (lock,))
+                'output': folder.parent, 'experiment': folder.name}), *FLAGS, *amp(args)], log, threads(args), (lock,))
         if not last.exists():
             raise RuntimeError(f'train.py was interrupted: {log}')
     execute([sys.executable, args.scripts / 'validate.py', *options({
         **data, 'split': 'test', 'img-size': RECIPE['img-size'], 'crop-pct': RECIPE['crop-pct'], 'batch-size': 250,
         'workers': args.workers, 'checkpoint': last, 'results-file': folder / 'validate.part',
-        'results-format': 'json'}), '--channels-last', *amp], log, threads(args), (lock,))
+        'results-format': 'json'}), '--channels-last', *amp(args)], log, threads(args), (lock,))
     (folder / 'validate.part').rename(folder / 'validate.json')
 
 
@@ -171,20 +182,23 @@ def known_rows(table: Path) -> dict[str, dict[str, str]]:
     return {Run(row['backbone'], row['attention'], int(row['seed']), row['start'] != SCRATCH).name: row for row in rows}
 
 
-def measure_speed(args: argparse.Namespace, models: set[str]) -> dict[str, int]:
-    """Training images a second of each model, from one interleaved run, beside the plain ones."""
+def measure_speeds(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Fills in training images a second, from one interleaved run of all models whose hardware is here."""
     file, part = args.output / f'speed-{args.device}.json', args.output / 'speed.part'
+    here = [row for row in rows if (row['device'], row['hardware']) == (args.device, machine(args))]
+    wanted = [model for model in BACKBONES if model in {row['model'] for row in here}]
     measured = json.loads(file.read_text())['models'] if file.exists() else []
-    if ours := [model for model in BACKBONES if model in models - {row['model'] for row in measured}]:
-        ours += [row['model'] for row in measured if row['model'] in BACKBONES]
+    if not {*wanted} <= {row['model'] for row in measured}:
         execute([
-            TIMM_ELA, 'bench', '--only', 'models', '--models', *ours, *options({
+            TIMM_ELA, 'bench', '--only', 'models', '--models', *wanted, *options({
                 'img-size': RECIPE['img-size'], 'batch-size': RECIPE['batch-size'], 'device': args.device,
                 'json': part}), '--channels-last', *(['--amp-dtype', 'bfloat16'] if args.device == 'cuda' else []),
         ], args.output / 'speed.log', os.cpu_count() or 1)
         part.rename(file)
         measured = json.loads(file.read_text())['models']
-    return {row['model']: round(row['training_images_per_s']) for row in measured}
+    speeds = {row['model']: round(row['training_images_per_s']) for row in measured}
+    for row in here:
+        row['train_images_per_second'] = speeds.get(row['model'], '')
 
 
 def table_row(args: argparse.Namespace, run: Run) -> dict[str, object]:
@@ -200,7 +214,7 @@ def table_row(args: argparse.Namespace, run: Run) -> dict[str, object]:
         'top1_by_epoch': ' '.join(epoch['eval_top1'] for epoch in epochs),
         'train_loss': round(float(epochs[-1]['train_loss']), 4), 'params': params, 'macs': macs,
         'train_images_per_second': '',
-        'resumed': (folder / 'summary.csv').read_text().count('epoch,') - 1,
+        'resumed': int(bool(used['resume'])),
         **json.loads((folder / 'study.json').read_text()),
     }
 
@@ -210,7 +224,7 @@ def phases(args: argparse.Namespace) -> list[list[Run]]:
     core, rest = ([Run(b, arm, seed) for b in args.backbones for seed in range(args.seeds) for arm in args.arms
                    if (arm in CORE) is wanted] for wanted in (True, False))
     grafts = [Run(b, GRAFTED, seed, True) for b in args.backbones for seed in range(args.seeds)]
-    return [core, grafts if {'plain', GRAFTED} <= {*args.arms} else [], rest]
+    return [core, grafts if {'plain', GRAFTED} <= {*args.arms} and args.epochs > 1 else [], rest]
 
 
 def main() -> None:
@@ -253,11 +267,13 @@ def main() -> None:
                 sys.exit('interrupted: the same command goes on')
     done = [run for runs in phases(args) for run in runs if (args.output / run.name / 'validate.json').exists()]
     rows = {**args.known, **{run.name: table_row(args, run) for run in done}}
-    if rows:
-        speeds = measure_speed(args, {row['model'] for row in rows.values()})
-        for row in rows.values():
-            row['train_images_per_second'] = speeds.get(row['model'], '')
-        write_report(args.table, list(rows.values()))
+    try:
+        check_one_study(list(rows.values()))
+        measure_speeds(args, list(rows.values()))
+        if rows:
+            write_report(args.table, list(rows.values()))
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f'{args.table} is left as it was: {error}')
     sys.exit(failed)
 
 

@@ -15,14 +15,15 @@ COLORS = {'plain': '#555555', 'ela': '#0072b2', 'other': '#e69f00'}  # Okabe and
 SCRATCH = 'scratch'
 SETTING = (
     '{train_images} training images, {test_images} test images, {epochs} epochs, {img_size} px, seeds {seed}.',
-    'One recipe for all: `{recipe}`. It was chosen on the plain model, on a part of the training split.',
+    'One recipe for all: `{recipe}`.',
     'The same seed draws other batches for another model: timm shuffles by the generator that the weights were drawn '
     'from. Pairs by seed are pairs in name, and over a few seeds an interval is wide.',
     '{hardware}, device {device}, {threads} thread a run, {parallel_runs} runs at a time; Python {python}, '
-    'torch {torch}, timm {timm}, timm_ela {timm_ela}.',
+    'torch {torch}, timm {timm}, timm_ela {timm_ela}; SHA-256 of train.py: {train_py}...',
     'Training images/s: forward and backward at the recipe\'s batch and image size with 1000 classes, all models in '
     'turn in one run of `timm-ela bench` with all cores; to be compared within a table.',
 )
+VERSIONS = ('python', 'torch', 'timm', 'timm_ela', 'train_py')
 PICTURES = (  # column, label of the axis, text in the picture's place
     ('params', 'parameters', 'Accuracy against parameters'),
     ('train_images_per_second', 'training images per second', 'Accuracy against training speed'),
@@ -117,7 +118,7 @@ def tables(rows: list[dict[str, str]], backbone: str) -> list[str]:
         parts += [
             '### From a graft',
             'The plain model\'s weights after half of the schedule, grafted by `timm-ela convert`, then the second '
-            'half with a fresh optimizer. All rows have the same number of epochs.',
+            'half with a fresh optimizer, and the head as it is. All rows have the same number of epochs.',
             '\n'.join([HEADER, *lines]), '\n'.join(sentences)]
     return [part for part in parts if part]
 
@@ -141,14 +142,14 @@ def draw(rows: list[dict[str, str]], backbone: str, column: str, label: str, pat
         values = [float(row['top1']) for row in runs]
         color = COLORS['plain' if arm == 'plain' else 'ela' if arm.startswith('ela') else 'other']
         x = float(runs[0][column])
-        axes.errorbar(x, mean(values), stdev(values) if len(values) > 1 else 0, fmt='o', capsize=4, color=color)
+        spread = stdev(values) if len(values) > 1 else None
+        axes.errorbar(x, mean(values), spread, fmt='o', capsize=4, color=color)
         axes.annotate(
-            TITLES[arm] if arm != 'plain' else 'plain', (x, mean(values)), xytext=(7, 5), textcoords='offset points',
-            color=color)
-    n = len(of(rows, backbone=backbone, attention='plain'))
+            f'{arm.upper().replace("_", "-")} (n = {len(values)})', (x, mean(values)), xytext=(7, 5),
+            textcoords='offset points', color=color)
     axes.set(xlabel=label, ylabel='top-1 of the final epoch (%)',
-             title=f'{backbone}: mean and standard deviation of {n} seeds')
-    axes.margins(0.15)
+             title=f'{backbone}: mean and standard deviation over seeds')
+    axes.margins(0.2)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
@@ -169,6 +170,15 @@ def page(rows: list[dict[str, str]], name: str) -> str:
         parts += tables(rows, backbone)
         parts += [f'![{alt}]({picture})' for *_, alt, picture in pictures(rows, name, backbone)]
     return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def check_one_study(rows: list[dict[str, object]]) -> None:
+    """Raises ValueError where rows that would be compared were made otherwise."""
+    for column in ('epochs', 'train_images', 'test_images', 'img_size', 'recipe', 'device', 'hardware', *VERSIONS):
+        for kind in {str(row['start']) for row in rows}:
+            values = {str(row.get(column)) for row in rows if row['start'] == kind or column != 'recipe'}
+            if len(values) > 1:
+                raise ValueError(f'{column} is {" in some runs, ".join(sorted(values))} in others')
 
 
 def write_report(path: Path, rows: list[dict[str, object]]) -> None:
