@@ -133,23 +133,23 @@ def draw(rows: list[dict[str, str]], backbone: str, column: str, label: str, pat
     """Accuracy against a column of the table: means over the seeds, and their standard deviation."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    figure = Figure(figsize=(8, 4.5), layout='constrained')
     axes = figure.add_subplot()
-    for arm in ARMS:
+    for arm, marker in zip(ARMS, 'osP^vDX<>', strict=True):
         runs = of(rows, backbone=backbone, attention=arm, start=SCRATCH)
         if not runs or not runs[0][column]:
             continue
         values = [float(row['top1']) for row in runs]
         color = COLORS['plain' if arm == 'plain' else 'ela' if arm.startswith('ela') else 'other']
         x = float(runs[0][column])
-        spread = stdev(values) if len(values) > 1 else None
-        axes.errorbar(x, mean(values), spread, fmt='o', capsize=4, color=color)
-        axes.annotate(
-            f'{arm.upper().replace("_", "-")} (n = {len(values)})', (x, mean(values)), xytext=(7, 5),
-            textcoords='offset points', color=color)
+        name = 'plain' if arm == 'plain' else arm.upper().replace('_', '-')
+        axes.errorbar(
+            x, mean(values), stdev(values) if len(values) > 1 else None, fmt=marker, capsize=4, color=color,
+            label=f'{name} (n = {len(values)})')
     axes.set(xlabel=label, ylabel='top-1 of the final epoch (%)',
              title=f'{backbone}: mean and standard deviation over seeds')
-    axes.margins(0.2)
+    axes.margins(0.1)
+    figure.legend(loc='outside right center')
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
