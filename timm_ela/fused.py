@@ -71,17 +71,21 @@ def ela_reference(
     return x * a_h.to(x.dtype).unsqueeze(3) * a_w.to(x.dtype).unsqueeze(2)
 
 
+def _channels_last_on_cpu(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.device.type == 'cpu'
+
+
 def _lay_out(strip: Tensor, x: Tensor) -> Tensor:
     """A strip (N, C, L) with its channels side by side where x's are: a product of unlike layouts takes far longer."""
-    if x.stride(1) == 1 and x.device.type == 'cpu':
+    if _channels_last_on_cpu(x):
         return strip.transpose(1, 2).contiguous().transpose(1, 2)
     return strip
 
 
 def pool_strips(x: Tensor) -> tuple[Tensor, Tensor]:
     """Means of x over its width (N, C, H) and over its height (N, C, W), each by the faster way for x's layout."""
-    if x.stride(1) == 1 and x.device.type == 'cpu':
-        # channels_last: mean over one axis is far slower than pooling over the same strip
+    if _channels_last_on_cpu(x):
+        # mean over one axis is far slower than pooling over the same strip
         return F.avg_pool2d(x, (1, x.shape[3])).squeeze(3), F.avg_pool2d(x, (x.shape[2], 1)).squeeze(2)
     return x.mean(3), x.mean(2)
 

@@ -266,12 +266,12 @@ def main() -> None:
                 pool.shutdown(cancel_futures=True)
                 sys.exit('interrupted: the same command goes on')
     done = [run for runs in phases(args) for run in runs if (args.output / run.name / 'validate.json').exists()]
-    rows = {**args.known, **{run.name: table_row(args, run) for run in done}}
+    rows = list({**args.known, **{run.name: table_row(args, run) for run in done}}.values())
     try:
-        check_one_study(list(rows.values()))
-        measure_speeds(args, list(rows.values()))
+        check_one_study(rows)
+        measure_speeds(args, rows)
         if rows:
-            write_report(args.table, list(rows.values()))
+            write_report(args.table, rows)
     except (ValueError, RuntimeError) as error:
         sys.exit(f'{args.table} is left as it was: {error}')
     sys.exit(failed)

@@ -174,11 +174,12 @@ def page(rows: list[dict[str, str]], name: str) -> str:
 
 def check_one_study(rows: list[dict[str, object]]) -> None:
     """Raises ValueError where rows that would be compared were made otherwise."""
-    for column in ('epochs', 'train_images', 'test_images', 'img_size', 'recipe', 'device', 'hardware', *VERSIONS):
-        for kind in {str(row['start']) for row in rows}:
-            values = {str(row.get(column)) for row in rows if row['start'] == kind or column != 'recipe'}
-            if len(values) > 1:
-                raise ValueError(f'{column} is {" in some runs, ".join(sorted(values))} in others')
+    by_start = [[row for row in rows if row['start'] == start] for start in dict.fromkeys(row['start'] for row in rows)]
+    made = ('epochs', 'train_images', 'test_images', 'img_size', 'device', 'hardware', *VERSIONS)
+    for column, group in [*((column, rows) for column in made), *(('recipe', group) for group in by_start)]:
+        values = {str(row.get(column)) for row in group}
+        if len(values) > 1:
+            raise ValueError(f'{column} is {" in some runs, ".join(sorted(values))} in others')
 
 
 def write_report(path: Path, rows: list[dict[str, object]]) -> None:
