@@ -17,14 +17,16 @@ if (_value := os.environ.get('TIMM_ELA_FUSED', '1')) in ('0', '1', '2'):
 else:
     logging.getLogger(__name__).warning(f'TIMM_ELA_FUSED={_value} is none of 0, 1 and 2: taken as 1.')
 
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # PyTorch 2.5 cannot tell
+
 
 def set_fused(enable: bool = True, experimental: bool = False) -> None:
     """Chooses how `ela` computes, as timm's `set_fused_attn` does; from outside, `TIMM_ELA_FUSED` is 0, 1 or 2.
 
     Args:
         enable: Take the path that costs less (1); else the plain formula, `ela_reference` (0).
-        experimental: Take the Triton kernels of `triton_op` on a GPU (2). They are tested in Triton's interpreter and
-            compile for GPUs, but have not been run on one.
+        experimental: Take the Triton kernels of `triton_op` on a GPU (2), under torch.compile too. They are tested in
+            Triton's interpreter and compile for GPUs, but have not been run on one.
     """
     global _FUSED
     _FUSED = 0 if not enable else 2 if experimental else 1
@@ -223,8 +225,10 @@ def ela(
 
 def _ela(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, groups: int, eps: float) -> Tensor:
     args = (conv_weight, norm_weight, norm_bias, groups, eps)
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return ela_reference(x, *args)  # a compiler fuses it by itself, and an export needs nothing of ours to run
+    compiled = torch.compiler.is_compiling()
+    # a compiler fuses the formula by itself, and an export needs nothing of ours to run
+    if compiled and _FUSED < 2 or _is_exporting() or torch.jit.is_tracing():
+        return ela_reference(x, *args)
     _check(x, conv_weight, norm_weight, norm_bias)
     # torch.func and forward-mode derivatives want the formula
     if not _FUSED or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -234,5 +238,7 @@ def _ela(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor,
 
         if supported(x, conv_weight, norm_weight, norm_bias, groups):
             return ela_triton(x, *args)
+    if compiled:
+        return ela_reference(x, *args)
     x, z_h, z_w = _Pool.apply(x)
     return _Gate.apply(x, *_both_logits(x, z_h, z_w, *args))
