@@ -1,5 +1,6 @@
 """The path that costs less computes what the plain formula does, and keeps what it promises of memory."""
 import copy
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -92,35 +93,95 @@ def test_a_training_step_allocates_the_output_the_gradient_and_one_product(make,
     assert len(full.storages) == 3
 
 
-SIZES = [(1, 5), (5, 1), (7, 13), (13, 7), (1, 63), (63, 7), (25, 38), (9, 9)]  # equal strips go in one batch
+class Calls(TorchDispatchMode):
+    """Keeps the operators that run, by name, and their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.args = Counter(), defaultdict(list)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.names[name] += 1
+        self.args[name] += args
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(('size', 'batches'), [((9, 9), 1), ((9, 12), 2)], ids=str)
+def test_each_layout_is_pooled_convolved_and_gated_by_its_faster_way(make, size, batches, memory_format):
+    m, x = make(16), torch.randn(2, 16, *size).to(memory_format=memory_format).requires_grad_()
+    with Calls() as calls, torch.no_grad():
+        m(x)
+    last = memory_format == torch.channels_last
+    assert (calls.names['mean'], calls.names['avg_pool2d']) == ((0, 2) if last else (2, 0))
+    assert calls.names['convolution'] == calls.names['native_group_norm'] == batches
+    gates = [t for name in ('mul', 'mul_') for t in calls.args[name] if 1 in t.shape]
+    assert len(gates) == 2 and all((gate.stride(1) == 1) == last for gate in gates)
+    with Calls() as calls:
+        m(x).sum().backward()
+    assert calls.names['convolution_backward'] == 0 and calls.names['convolution'] == 2 * batches
+
+
+SIZES = [(1, 5), (5, 1), (7, 13), (13, 7), (1, 63), (63, 7), (25, 38), (9, 9)]
+
+
+def check_exactness(m, x, upstream, plainly):
+    """The output's error and each gradient's are at most twice the plain formula's in the same dtype."""
+    exact = plainly(lambda: forward_and_gradients(copy.deepcopy(m).double(), x.double(), upstream.double()))
+    plain = plainly(lambda: forward_and_gradients(m, x, upstream))
+    for got, eager, want in zip(forward_and_gradients(m, x, upstream), plain, exact, strict=True):
+        assert got.dtype == x.dtype
+        error, allowed = ((t.double() - want).norm() / want.norm() for t in (got, eager))
+        assert error <= max(2 * allowed, 2e-6)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('size', SIZES, ids=str)
 @pytest.mark.parametrize('variant', ['b', 's'])
 def test_output_and_gradients_are_as_exact_as_the_plain_formulas(make, plainly, variant, size, dtype, memory_format):
-    m = make(48, variant).to(dtype)
     x, upstream = (torch.randn(3, 48, *size).to(memory_format=memory_format, dtype=dtype) for _ in range(2))
-    exact = plainly(lambda: forward_and_gradients(copy.deepcopy(m).double(), x.double(), upstream.double()))
-    plain = plainly(lambda: forward_and_gradients(m, x, upstream))
-    for got, eager, want in zip(forward_and_gradients(m, x, upstream), plain, exact, strict=True):
-        assert got.dtype == dtype
-        error, allowed = ((t.double() - want).norm() / want.norm() for t in (got, eager))
-        assert error <= max(2 * allowed, 2e-6)
+    check_exactness(make(48, variant).to(dtype), x, upstream, plainly)
 
 
+def test_small_gradients_in_half_precision_are_as_exact_as_the_plain_formulas(make, plainly, memory_format):
+    x, upstream = (torch.randn(3, 48, 112, 112).to(memory_format=memory_format) for _ in range(2))
+    check_exactness(make(48).half(), x.half(), (3e-4 * upstream).half(), plainly)  # their means would be subnormal
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('variant', ['b', 's'])
-def test_under_autocast_the_gradients_are_as_exact_as_the_plain_formulas(make, plainly, variant, memory_format):
-    m, (x, upstream) = make(48, variant), torch.randn(2, 3, 48, 7, 13)
+def test_under_autocast_the_gradients_are_as_exact_as_the_plain_formulas(make, plainly, variant, dtype, memory_format):
+    m, (x, upstream) = make(48, variant), torch.randn(2, 3, 48, 7, 13).to(dtype)
     x, upstream = (t.to(memory_format=memory_format) for t in (x, upstream))
 
     def under_autocast():
+        leaf = x.clone().requires_grad_()
         with torch.autocast('cpu', torch.bfloat16):
-            return forward_and_gradients(m, x, upstream)
+            y = m(leaf)
+        return [y.detach(), *torch.autograd.grad(y, [leaf, *m.parameters()], upstream)]  # outside, as is usual
 
-    exact = plainly(lambda: forward_and_gradients(m, x, upstream))
+    exact = plainly(lambda: forward_and_gradients(m, x.float(), upstream.float()))
     for got, eager, want in zip(under_autocast(), plainly(under_autocast), exact, strict=True):
-        assert got.dtype == torch.float32
+        assert got.dtype == eager.dtype
+        error, allowed = ((t - want).norm() / want.norm() for t in (got, eager))
+        assert error <= 2 * allowed
+
+
+def test_gates_that_are_all_but_open_keep_the_bits_of_their_gradients(memory_format):
+    x, upstream = torch.randn(2, 2, 16, 9, 12)
+    x, upstream = (t.to(memory_format=memory_format).bfloat16() for t in (x, upstream))
+    logits = [(torch.randn(2, 16, length) + 6).requires_grad_() for length in (9, 12)]  # CUDA's autocast: float32
+
+    def plain(x, logits_h, logits_w):
+        a_h, a_w = logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
+        return x * a_h.unsqueeze(3) * a_w.unsqueeze(2)
+
+    def gradients(gated, dtype, *inputs):
+        return torch.autograd.grad(gated(x.to(dtype), *inputs), inputs, upstream.to(dtype))
+
+    exact = gradients(plain, torch.float64, *(t.double() for t in logits))
+    found = [gradients(gated, x.dtype, *logits) for gated in (fused._Gate.apply, plain)]
+    for got, eager, want in zip(*found, exact, strict=True):
         error, allowed = ((t - want).norm() / want.norm() for t in (got, eager))
         assert error <= 2 * allowed
 
@@ -221,16 +282,28 @@ def test_an_empty_batch_gives_an_empty_output_and_no_gradient(make, size, memory
     assert all(p.grad is None or not p.grad.any() for p in m.parameters())
 
 
-@pytest.mark.parametrize(('call', 'named'), [
-    (lambda m: m(torch.randn(2, 32, 5, 5, device='meta')), ('conv.weight', 'meta', 'cpu')),
-    (lambda m: m(torch.randn(2, 32, 5, 5).half()), ('conv.weight', 'torch.float16', 'torch.float32')),
-    (lambda m: m.gates(torch.randn(2, 32, 5, 5).double()), ('conv.weight', 'torch.float64', 'torch.float32')),
-])
-def test_mixed_devices_and_dtypes_are_named_in_one_line(call, named):
-    with pytest.raises(ValueError) as error:
-        call(EfficientLocalAttention(32))
-    assert all(part in str(error.value) for part in named)
-    assert '\n' not in str(error.value)
+@pytest.mark.parametrize('name', ['conv.weight', 'gn.weight', 'gn.bias'])
+@pytest.mark.parametrize(('other', 'named'), [('meta', 'cpu'), (torch.float16, 'torch.float32')], ids=str)
+def test_mixed_devices_and_dtypes_are_named_in_one_line(name, other, named):
+    m = EfficientLocalAttention(32)
+    layer, _, parameter = name.partition('.')
+    setattr(getattr(m, layer), parameter, nn.Parameter(m.get_parameter(name).to(other)))
+    for call in (m, m.gates):
+        with pytest.raises(ValueError, match=f'ELA expects {name} .*{named}.*{other}') as error:
+            call(torch.randn(2, 32, 5, 5))
+        assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.int64], ids=str)
+def test_dtypes_that_autocast_leaves_alone_are_named_under_autocast_too(dtype):
+    with torch.autocast('cpu', torch.bfloat16), pytest.raises(ValueError, match=f'{dtype}, got torch.float32'):
+        EfficientLocalAttention(32)(torch.ones(2, 32, 5, 5, dtype=dtype))
+
+
+def test_mixed_dtypes_are_named_on_a_device_without_autocast_too():
+    m = EfficientLocalAttention(32, device='meta')
+    with pytest.raises(ValueError, match='torch.float16, got torch.float32'):
+        m(torch.ones(2, 32, 5, 5, dtype=torch.float16, device='meta'))
 
 
 @pytest.fixture
@@ -259,6 +332,11 @@ EfficientLocalAttention(32)(torch.randn(2, 32, 5, 5))
 '''
     done = run_python(code, env={} if value is None else {'TIMM_ELA_FUSED': value})
     assert ('formula' in done.stdout) is expected
+
+
+def test_a_choice_that_is_none_is_named_and_the_usual_one_taken():
+    done = run_python('from timm_ela import fused; assert fused._FUSED == 1', env={'TIMM_ELA_FUSED': 'yes'})
+    assert done.stderr.strip().endswith('TIMM_ELA_FUSED=yes is none of 0, 1 and 2: taken as 1.')
 
 
 def test_timms_layer_of_the_same_name_is_left_as_it_is():

@@ -17,6 +17,7 @@ if (_value := os.environ.get('TIMM_ELA_FUSED', '1')) in ('0', '1', '2'):
 else:
     logging.getLogger(__name__).warning(f'TIMM_ELA_FUSED={_value} is none of 0, 1 and 2: taken as 1.')
 
+_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)  # what it casts
 _is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # PyTorch 2.5 cannot tell
 
 
@@ -84,12 +85,15 @@ def _lay_out(strip: Tensor, x: Tensor) -> Tensor:
     return strip
 
 
-def pool_strips(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of x over its width (N, C, H) and over its height (N, C, W), each by the faster way for x's layout."""
+def pool_strips(x: Tensor, divide: bool = True) -> tuple[Tensor, Tensor]:
+    """Means of x, or sums, over its width (N, C, H) and its height (N, C, W), by the faster way for its layout."""
     if _channels_last_on_cpu(x):
-        # mean over one axis is far slower than pooling over the same strip
-        return F.avg_pool2d(x, (1, x.shape[3])).squeeze(3), F.avg_pool2d(x, (x.shape[2], 1)).squeeze(2)
-    return x.mean(3), x.mean(2)
+        # a reduction over one axis is far slower than pooling over the same strip
+        height, width = x.shape[2:]
+        by = None if divide else 1
+        return F.avg_pool2d(x, (1, width), divisor_override=by).squeeze(3), \
+            F.avg_pool2d(x, (height, 1), divisor_override=by).squeeze(2)
+    return (x.mean(3), x.mean(2)) if divide else (x.sum(3), x.sum(2))
 
 
 class _Pool(Function):
@@ -125,12 +129,13 @@ class _DepthwiseConv(Function):
         return _depthwise_conv(z, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         z, weight = (t.to(grad.dtype) for t in ctx.saved_tensors)  # autocast's
-        half = weight.shape[2] // 2
-        shifted = F.pad(z, (half, half)).unfold(2, z.shape[2], 1)  # (N, C, taps, L), a view
-        grad_weight = torch.stack([(grad * tap).sum(0) for tap in shifted.unbind(2)], 1).sum(2)
-        return _depthwise_conv(grad, weight.flip(2)), grad_weight.unsqueeze(1)
+        grad_weight, half = None, weight.shape[2] // 2
+        if ctx.needs_input_grad[1]:
+            shifted = F.pad(z, (half, half)).unfold(2, z.shape[2], 1)  # (N, C, taps, L), a view
+            grad_weight = torch.stack([(grad * tap).sum(0) for tap in shifted.unbind(2)], 1).sum(2).unsqueeze(1)
+        return _depthwise_conv(grad, weight.flip(2)), grad_weight
 
 
 class _Gate(Function):
@@ -147,9 +152,8 @@ class _Gate(Function):
         a_h, a_w = logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
         grad_x = _gated(grad, a_h, a_w)
         # d sigmoid = a (1 - a), and a is in grad_x already: one product serves both strips
-        mean_h, mean_w = pool_strips(grad_x * x)
-        height, width = x.shape[2:]
-        return grad_x, mean_h * width * (1 - a_h), mean_w * height * (1 - a_w)
+        sum_h, sum_w = pool_strips(grad_x * x, divide=False)
+        return grad_x, sum_h * (-logits_h).sigmoid(), sum_w * (-logits_w).sigmoid()  # 1 - a, of all its bits
 
 
 def _gated(x: Tensor, a_h: Tensor, a_w: Tensor) -> Tensor:
@@ -174,6 +178,10 @@ def _both_logits(x: Tensor, z_h: Tensor, z_w: Tensor, *args: Any) -> list[Tensor
     return [_lay_out(_logits(z, *args), x) for z in (z_h, z_w)]
 
 
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _check(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> None:
     if x.ndim != 4 or x.shape[1] != norm_weight.shape[0]:
         raise ValueError(
@@ -181,7 +189,7 @@ def _check(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tenso
     for name, value in (('conv.weight', conv_weight), ('gn.weight', norm_weight), ('gn.bias', norm_bias)):
         if value.device != x.device:
             raise ValueError(f'ELA expects {name} on the input\'s device, {x.device}, got {value.device}.')
-        if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if value.dtype != x.dtype and not (x.dtype in _AUTOCAST and _is_autocast(x.device.type)):
             raise ValueError(
                 f'ELA expects {name} in the input\'s dtype, {x.dtype}, got {value.dtype}: cast one, or use autocast.')
 
@@ -211,7 +219,7 @@ def ela(
 ) -> Tensor:
     """The same as `ela_reference`, at less cost in eager mode: arguments and result as there.
 
-    Reads x once to pool it and once to gate it, and keeps nothing of its size for the backward pass but x itself.
+    Keeps nothing of x's size for the backward pass but x itself.
 
     Raises:
         ValueError: If x is not 4-D, its channels are not those of the weights, or devices or dtypes are mixed (other
