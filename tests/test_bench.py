@@ -16,9 +16,9 @@ from helpers import ROOT, run
 from PIL import Image
 
 import timm_ela
-from timm_ela import bench, bench_report, cli
+from timm_ela import bench, bench_report, cli, timing
 from timm_ela.bench import layer_makers, run_bench, time_layers, time_models
-from timm_ela.timing import Setting, interleave, peak_mib, pick_device, timed
+from timm_ela.timing import Setting, interleave, measure, peak_mib, pick_device, timed
 
 CPU = torch.device('cpu')
 LAYERS = ['ELA-T', 'ELA-T (plain formula)', 'timm se', 'timm eca', 'timm cbam', 'timm coord', 'timm ela']
@@ -62,7 +62,8 @@ def test_the_head_says_hardware_versions_setting_and_the_exact_command(done):
     head, command = done[0].stdout.split('\n\n')[:2]
     assert len(head.splitlines()) == 1 and done[1]['hardware'] and done[1]['hardware'] in head
     for part in (f'torch {torch.__version__}', f'timm {timm.__version__}', f'timm_ela {timm_ela.__version__}',
-                 '1 thread,', 'float32', 'channels_last', 'eager', 'batch 2', '64 px', 'medians of 2', 'GB/s'):
+                 '1 thread,', 'float32', 'channels_last', 'eager', 'TIMM_ELA_FUSED=1', 'batch 2', '64 px',
+                 'medians of 2', 'GB/s'):
         assert part in head
     assert command.strip() == done[1]['command']
     program, *words = shlex.split(command)
@@ -106,8 +107,8 @@ def made_up() -> dict:
 
     return {
         'hardware': 'A processor', 'threads': 2, 'python': '3.11', 'torch': '2.5', 'timm': '1.0', 'timm_ela': '0.1',
-        'dtype': 'bfloat16', 'autocast': True, 'memory_format': 'contiguous', 'compiled': True, 'batch_size': 8,
-        'img_size': 224, 'repeats': 30, 'command': 'timm-ela bench',
+        'dtype': 'bfloat16', 'autocast': True, 'memory_format': 'contiguous', 'compiled': True, 'timm_ela_fused': 2,
+        'batch_size': 8, 'img_size': 224, 'repeats': 30, 'command': 'timm-ela bench',
         'layers': [{'shape': [8, 4, 5], 'layer': name, **modes(ms, floor_ms=2.0, copy_gb_per_s=9.0)}
                    for name, ms in (('ELA-B', 3.0), ('timm ela', 12.0))],
         'models': [{'model': name, 'plain': 'resnet50', **modes(ms, images_per_s=8e3 / ms)}
@@ -145,6 +146,19 @@ def test_every_repeat_runs_each_once_and_none_always_follows_another():
     assert all(len({b for a, b in zip(turns, turns[1:], strict=False) if a == name} - {name}) == 3 for name in names)
     # asked for only when all of the repeat has been called, and kept in order
     assert all(times[name] == [4.0 * (i + 1) for i in range(40)] for name in names)
+
+
+def test_what_is_slow_only_the_first_times_is_not_timed(monkeypatch):
+    called: list[int] = []
+    monkeypatch.setattr(timing, 'interleave', lambda calls, *_: {name: [float(len(called))] for name in calls})
+    assert measure({'a': lambda: called.append(1)}, Setting(CPU, 2, 1))['a']['ms'] == 3
+
+
+def test_what_is_to_be_compiled_is(monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda module: lambda x: 'compiled')
+    module = torch.nn.Identity()
+    assert Setting(CPU, 2, 1, compile=True).prepare(module)(1) == 'compiled'
+    assert Setting(CPU, 2, 1).prepare(module) is module
 
 
 def test_a_gpu_is_waited_for_only_when_the_time_is_asked_for(monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fused import ela, ela_gates, ela_reference
+from .fused import ela, ela_gates
 
 torch.fx.wrap('ela')  # one node in a traced graph, with its checks and its choice of path inside
 
@@ -92,9 +92,7 @@ class EfficientLocalAttention(nn.Module):
             bias=False,
             **dd,
         )
-        self.num_groups = gcd(size['num_groups'], channels)
-        self.eps = eps
-        self.gn = nn.GroupNorm(self.num_groups, channels, eps=eps, **dd)
+        self.gn = nn.GroupNorm(gcd(size['num_groups'], channels), channels, eps=eps, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Gates x.
@@ -110,12 +108,24 @@ class EfficientLocalAttention(nn.Module):
                 and scripted, the errors are those of the compiler.
         """
         conv, gn = self.conv, self.gn
-        if torch.jit.is_scripting():
-            return ela_reference(x, conv.weight, gn.weight, gn.bias, self.num_groups, self.eps)
-        return ela(x, conv.weight, gn.weight, gn.bias, self.num_groups, self.eps)
+        if torch.jit.is_scripting() or self._is_as_made():
+            return ela(x, conv.weight, gn.weight, gn.bias, self.gn.num_groups, self.gn.eps)  # constants: not of `gn`
+        a_h, a_w = self.gates(x)
+        return x * a_h.unsqueeze(3) * a_w.unsqueeze(2)
 
     @torch.jit.ignore
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The two gates of x, to look at: a_h (N, C, H) and a_w (N, C, W), values in (0, 1)."""
+        """The two gates of x: a_h (N, C, H) and a_w (N, C, W), values in (0, 1), in x's dtype."""
         conv, gn = self.conv, self.gn
-        return ela_gates(x, conv.weight, gn.weight, gn.bias, self.num_groups, self.eps)
+        if self._is_as_made():
+            return ela_gates(x, conv.weight, gn.weight, gn.bias, gn.num_groups, gn.eps)
+        a_h, a_w = (gn(conv(z)).sigmoid().to(x.dtype) for z in (x.mean(3), x.mean(2)))
+        return a_h, a_w
+
+    @torch.jit.ignore
+    def _is_as_made(self) -> bool:
+        """Whether the parameters of conv and gn are all there is to them: no hooks (pruning is one), no wrappers."""
+        return all(
+            type(m).forward is made.forward
+            and not (m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks)
+            for m, made in ((self.conv, nn.Conv1d), (self.gn, nn.GroupNorm)))

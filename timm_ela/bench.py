@@ -18,7 +18,7 @@ from timm.layers import create_attn
 from timm.models import get_arch_name
 from torch import Tensor, nn
 
-from . import __version__
+from . import __version__, fused
 from .attention import EfficientLocalAttention
 from .catalog import BACKBONES
 from .fused import ela_reference
@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 class _PlainFormula(EfficientLocalAttention):
     def forward(self, x: Tensor) -> Tensor:
-        return ela_reference(x, self.conv.weight, self.gn.weight, self.gn.bias, self.num_groups, self.eps)
+        return ela_reference(x, self.conv.weight, self.gn.weight, self.gn.bias, self.gn.num_groups, self.gn.eps)
 
 
 def layer_makers(channels: int, variant: str) -> dict[str, Callable[[], nn.Module]]:
@@ -179,6 +179,7 @@ def run_bench(
         'autocast': setting.amp_dtype is not None,
         'memory_format': str(setting.memory_format).removeprefix('torch.').removesuffix('_format'),
         'compiled': setting.compile,
+        'timm_ela_fused': fused._FUSED,
         'batch_size': setting.batch_size,
         'img_size': img_size,
         'repeats': setting.repeats,

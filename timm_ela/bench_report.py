@@ -91,6 +91,7 @@ def setting_line(result: dict[str, Any]) -> str:
         f'{result["dtype"]}{" autocast" * result["autocast"]}',
         result['memory_format'],
         'compiled' if result['compiled'] else 'eager',
+        f'TIMM_ELA_FUSED={result["timm_ela_fused"]}',
         f'batch {result["batch_size"]}',
         *([f'models at {result["img_size"]} px'] if result['models'] else []),
         f'medians of {result["repeats"]}',
