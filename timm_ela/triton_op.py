@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .fused import ela_reference, strip_logits
 
@@ -35,10 +34,7 @@ def _runs_on(device: torch.device) -> bool:
 
 
 def supported(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int) -> bool:
-    """Whether `ela_triton` takes these tensors; not under torch.func's transforms or forward-mode autograd.
-
-    Nor where a GroupNorm group holds a single value: that error is for the plain formula to raise.
-    """
+    """Whether `ela_triton` takes these tensors. What the plain formula refuses is left to it, with the error."""
     return (
         _runs_on(x.device)
         and type(x) in (Tensor, torch.nn.Parameter)  # a distributed tensor knows no operator of ours
@@ -47,11 +43,12 @@ def supported(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Te
                 for p in (conv_weight, norm_weight, norm_bias))
         and x.ndim == 4
         and x.numel() > 0
+        and conv_weight.shape[0] == norm_weight.shape[0] == norm_bias.shape[0] == x.shape[1]
+        and conv_weight.shape[2] % 2 == 1
+        and norm_groups > 0 and not (x.shape[1] % norm_groups or x.shape[1] % conv_weight.shape[1])
         and x.shape[3] <= MAX_WIDTH
         and x[0].numel() < 2 ** 31  # offsets in one image are 32-bit
         and not (x.shape[0] * x.shape[1] == norm_groups and 1 in x.shape[2:])
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
     )
 
 
@@ -221,7 +218,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)  # or zeros are written for the gates' gradient
 
 
-def _backward(ctx: Any, dy: Tensor, _dgates: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, _dgates: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 6
     x, conv_weight, norm_weight, norm_bias, gates = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled():  # create_graph: the gradients must be differentiable themselves
