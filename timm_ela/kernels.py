@@ -5,7 +5,8 @@ the other: position h is row h, position H + w is column w. For a channels_last 
 
 A kernel over feature maps has a program for each image and block of BC channels. It loops over blocks of BH rows as
 wide as the whole map, so what belongs to columns stays in registers, and sums have one order: no atomics, and the same
-bits on every run. A kernel over strips has a program for each image, strip and GroupNorm group.
+bits on every run. It takes W as W / V and a constant V, so that it knows of rows that lie on vectors. A kernel over
+strips has a program for each image, strip and GroupNorm group.
 """
 import triton
 import triton.language as tl
@@ -30,9 +31,10 @@ def _block(C, H, W, LAST: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: 
 
 @triton.jit
 def pool_kernel(
-        x, z, C, H, W,
+        x, z, C, H, W, V: tl.constexpr,
         LAST: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr):
     """z: means of x over its rows and over its columns, from one read."""
+    W *= V
     n, c, h, w, at = _block(C, H, W, LAST, BC, BH, BW)
     x += n * C * H * W
     z += n * C * (H + W)
@@ -48,9 +50,10 @@ def pool_kernel(
 
 @triton.jit
 def gate_kernel(
-        x, gates, y, C, H, W,
+        x, gates, y, C, H, W, V: tl.constexpr,
         LAST: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr):
     """y = x * a_h * a_w."""
+    W *= V
     n, c, h, w, at = _block(C, H, W, LAST, BC, BH, BW)
     x += n * C * H * W
     y += n * C * H * W
@@ -66,9 +69,10 @@ def gate_kernel(
 
 @triton.jit
 def reduce_kernel(
-        x, gates, dy, z, da, C, H, W,
+        x, gates, dy, z, da, C, H, W, V: tl.constexpr,
         LAST: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr):
     """da: the gates' gradients, and z anew, from one read of x and dy."""
+    W *= V
     n, c, h, w, at = _block(C, H, W, LAST, BC, BH, BW)
     x += n * C * H * W
     dy += n * C * H * W
@@ -97,9 +101,10 @@ def reduce_kernel(
 
 @triton.jit
 def expand_kernel(
-        gates, dy, dz, dx, C, H, W,
+        gates, dy, dz, dx, C, H, W, V: tl.constexpr,
         LAST: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, STAGES: tl.constexpr):
     """dx = dy * a_h * a_w + dz_h / W + dz_w / H."""
+    W *= V
     n, c, h, w, at = _block(C, H, W, LAST, BC, BH, BW)
     dy += n * C * H * W
     dx += n * C * H * W
@@ -136,7 +141,7 @@ def _normalized(
         LAST: tl.constexpr, K: tl.constexpr, BC: tl.constexpr, BL: tl.constexpr):
     """The depthwise convolution of one group's strip, normalized, zero outside; and 1 / its standard deviation."""
     convolved = tl.zeros([BC, BL], tl.float32)
-    for k in range(K):
+    for k in tl.static_range(K):
         source = position + (k - K // 2)
         inside = real & (source >= 0) & (source < length)
         convolved += (tl.load(conv + c * K + k, real, 0).to(tl.float32)

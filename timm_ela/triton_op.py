@@ -3,6 +3,7 @@
 Differentiable, twice too, and opaque to torch.compile. For backward it keeps x, the gates and the parameters. The plain
 formula is `fused.ela_reference`; `supported` tells where this file can stand in for it.
 """
+from math import gcd
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ except ImportError:  # not every platform has Triton
 MAX_WIDTH = 1024  # the kernels over feature maps hold whole rows
 MAX_GROUP = 8192  # the kernels over strips hold a whole GroupNorm group
 OPTIONS = {'enable_fp_fusion': True}  # multiply-add, as in PyTorch's kernels; left open, Triton 3.9 warns
-TILE = 4096  # values of x that a program works on at once: 16 per thread, more would not fit its registers
+TILE = 4096  # values of x that a program works on at once: at most 32 per thread, more would not fit its registers
 
 
 @torch.compiler.assume_constant_result
@@ -85,16 +86,22 @@ def _launch_maps(kernel: Any, x: Tensor, tensors: tuple[Tensor, ...]) -> None:
     """Runs a kernel over feature maps: a program for each image and block of channels."""
     n, c, h, w = x.shape
     last, bw = _is_last(x), next_power_of_2(w)
-    # channels_last: 64 channels of 16 bits are one cache line, 8 one vector
-    bc = min(64, max(8, TILE // 2 // bw)) if last else max(1, TILE // (bw * next_power_of_2(h)))
-    bc = min(bc, next_power_of_2(c))
-    while bc > 8 and n * cdiv(c, bc) < 256:  # a small batch has to occupy the GPU too
-        bc //= 2
-    bh = min(next_power_of_2(h), max(1, TILE // (bw * bc)))
-    stages = min(3, cdiv(h, bh))  # blocks of rows on their way while one is worked on, and that one
+    # Small batches have to occupy the GPU, too.
+    if last:  # one row of few channels: sums over it cross one warp, seldom more
+        bc = min(next_power_of_2(c), 64 if bw < 32 else max(8, min(32, TILE // 2 // bw)))
+        while bc > 16 and c % bc or bc > 8 and n * cdiv(c, bc) < 1024:
+            bc //= 2
+        bh, warps = 1, max(1, bc * bw // 1024)
+    else:
+        bc = min(next_power_of_2(c), max(1, TILE // (bw * next_power_of_2(h))))
+        while bc > 8 and n * cdiv(c, bc) < 256:
+            bc //= 2
+        bh, warps = min(next_power_of_2(h), max(1, TILE // (bw * bc))), 4
+    v = gcd(w, 8)  # a constant that W is a multiple of: rows are read in vectors of as many values
+    stages = min(3, cdiv(h, bh)) if bc * bh * bw <= TILE else 1  # blocks on their way while one is worked on, and that
     with torch.cuda.device_of(x):
         kernel[(n * cdiv(c, bc),)](
-            *tensors, c, h, w, LAST=last, BC=bc, BH=bh, BW=bw, STAGES=stages, num_warps=8, **OPTIONS)
+            *tensors, c, h, w // v, LAST=last, V=v, BC=bc, BH=bh, BW=bw, STAGES=stages, num_warps=warps, **OPTIONS)
 
 
 def _launch_strips(
