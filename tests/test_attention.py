@@ -121,11 +121,13 @@ VIEWS = {
 @pytest.mark.parametrize('no_grad', [False, True], ids=['grad', 'no_grad'])
 @pytest.mark.parametrize('view', VIEWS.values(), ids=VIEWS)
 def test_views_give_what_their_copies_give_and_are_not_written_to(make, view, no_grad):
-    base = torch.randn(2, 64, 7, 9)
-    x, before = view(base), base.clone()
-    m = make(x.shape[1], 's')
+    base = torch.randn(2, 64, 7, 9).requires_grad_()
+    before, m = base.detach().clone(), make(view(base).shape[1], 's')
     with torch.set_grad_enabled(not no_grad):
-        torch.testing.assert_close(m(x), m(x.clone(memory_format=torch.contiguous_format)))
+        y, expected = m(view(base)), m(view(base).clone(memory_format=torch.contiguous_format))
+    torch.testing.assert_close(y, expected)
+    if not no_grad:
+        torch.testing.assert_close(*(torch.autograd.grad(t.square().sum(), base) for t in (y, expected)))
     assert torch.equal(base, before)
 
 
