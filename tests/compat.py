@@ -16,7 +16,7 @@ VERSIONS = {
     'lowest': ('3.10', ['torch==2.5.0', 'timm==1.0.31', 'huggingface_hub==1.33.0']),
     'highest': ('3.13', ['torch', 'timm', 'huggingface_hub']),
 }
-TESTS = ['attention', 'autoload', 'fused', 'graft', 'hub', 'models']
+TESTS = ['attention', 'attention_parts', 'autoload', 'fused', 'graft', 'hub', 'models']
 # PyTorch 2.5 exports no dynamic height and width of a plain ResNet either.
 DESELECTED = {'lowest': 'not exports_with_any_height_and_width'}
 REPORT = '''
