@@ -143,6 +143,15 @@ def test_output_and_gradients_are_as_exact_as_the_plain_formulas(make, plainly, 
     check_exactness(make(48, variant).to(dtype), x, upstream, plainly)
 
 
+@pytest.mark.parametrize('variant', ['b', 'l'])
+def test_a_short_strip_meets_no_taps_that_reach_past_its_ends(make, plainly, variant, memory_format):
+    m, x = make(48, variant), torch.randn(2, 48, 2, 3).to(memory_format=memory_format)
+    with Calls() as calls, torch.no_grad():
+        m(x)
+    assert [t.shape[-1] for t in calls.args['convolution'] if isinstance(t, torch.Tensor)] == [2, 3, 3, 5]
+    check_exactness(m, x, torch.randn_like(x), plainly)
+
+
 def test_small_gradients_in_half_precision_are_as_exact_as_the_plain_formulas(make, plainly, memory_format):
     x, upstream = (torch.randn(3, 48, 112, 112).to(memory_format=memory_format) for _ in range(2))
     check_exactness(make(48).half(), x.half(), (3e-4 * upstream).half(), plainly)  # their means would be subnormal
