@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import ROOT, run
 from kernel_cases import EPS, INTERPRETED, LAYOUTS, make, new_memory_is_nan, pick_device, results  # noqa: F401
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from timm_ela import EfficientLocalAttention, set_fused
@@ -145,6 +146,9 @@ def test_the_module_takes_it_only_where_it_is_asked_for(monkeypatch, experimenta
     experimental(True)
     torch.testing.assert_close(m(x), lean)
     assert len(calls) == 1
+    torch.testing.assert_close(torch.vmap(m)(x[None])[0], lean)
+    with forward_ad.dual_level():
+        m(forward_ad.make_dual(x, x))
     m.double()(x.double())  # not supported: as if it were off
     assert len(calls) == 1
 

@@ -17,7 +17,6 @@ if (_value := os.environ.get('TIMM_ELA_FUSED', '1')) in ('0', '1', '2'):
 else:
     logging.getLogger(__name__).warning(f'TIMM_ELA_FUSED={_value} is none of 0, 1 and 2: taken as 1.')
 
-_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)  # what it casts
 _is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # PyTorch 2.5 cannot tell
 
 
@@ -89,10 +88,9 @@ def pool_strips(x: Tensor, divide: bool = True) -> tuple[Tensor, Tensor]:
     """Means of x, or sums, over its width (N, C, H) and its height (N, C, W), by the faster way for its layout."""
     if _channels_last_on_cpu(x):
         # a reduction over one axis is far slower than pooling over the same strip
-        height, width = x.shape[2:]
-        by = None if divide else 1
-        return F.avg_pool2d(x, (1, width), divisor_override=by).squeeze(3), \
-            F.avg_pool2d(x, (height, 1), divisor_override=by).squeeze(2)
+        sizes, divisor = ((1, x.shape[3]), (x.shape[2], 1)), None if divide else 1
+        of_h, of_w = (F.avg_pool2d(x, size, divisor_override=divisor) for size in sizes)
+        return of_h.squeeze(3), of_w.squeeze(2)
     return (x.mean(3), x.mean(2)) if divide else (x.sum(3), x.sum(2))
 
 
@@ -181,8 +179,10 @@ def _both_logits(x: Tensor, z_h: Tensor, z_w: Tensor, *args: Any) -> list[Tensor
     return [_lay_out(_logits(z, *args), x) for z in (z_h, z_w)]
 
 
-def _is_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+def _is_autocast(x: Tensor) -> bool:
+    """Whether autocast makes x's dtype and the weights' one."""
+    device, casts = x.device.type, (torch.float32, torch.float16, torch.bfloat16)
+    return x.dtype in casts and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _check(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> None:
@@ -192,7 +192,7 @@ def _check(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tenso
     for name, value in (('conv.weight', conv_weight), ('gn.weight', norm_weight), ('gn.bias', norm_bias)):
         if value.device != x.device:
             raise ValueError(f'ELA expects {name} on the input\'s device, {x.device}, got {value.device}.')
-        if value.dtype != x.dtype and not (x.dtype in _AUTOCAST and _is_autocast(x.device.type)):
+        if value.dtype != x.dtype and not _is_autocast(x):
             raise ValueError(
                 f'ELA expects {name} in the input\'s dtype, {x.dtype}, got {value.dtype}: cast one, or use autocast.')
 

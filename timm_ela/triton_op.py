@@ -35,7 +35,10 @@ def _runs_on(device: torch.device) -> bool:
 
 
 def supported(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int) -> bool:
-    """Whether `ela_triton` takes these tensors. What the plain formula refuses is left to it, with the error."""
+    """Whether `ela_triton` takes these tensors, outside torch.func's transforms and forward-mode autograd.
+
+    What the plain formula refuses is left to it, with the error.
+    """
     return (
         _runs_on(x.device)
         and type(x) in (Tensor, torch.nn.Parameter)  # a distributed tensor knows no operator of ours
