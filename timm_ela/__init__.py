@@ -2,22 +2,23 @@
 
 `ELA: Efficient Local Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2403.01123
 
-This file runs at the end of every `import torch` (see autoload.py), so it imports the standard library only; the public
-names load at first use.
+This file runs at the end of every `import torch` (see autoload.py), so it imports the standard library only. The public
+names load when they are first used.
 """
 from importlib import import_module
 from typing import Any
 
 from .autoload import install
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
-_PUBLIC = {
-    'EfficientLocalAttention': 'attention',
-    'VARIANTS': 'attention',
-    'graft_state_dict': 'graft',
+_PUBLIC = {  # name -> module
+    'EfficientLocalAttention': 'layers.ela',
+    'VARIANTS': 'layers.ela',
+    'ATTN_LAYERS': 'layers.attn_layers',
+    'graft_state_dict': 'models.registry',
     'plot_attention': 'plot',
-    'set_fused': 'fused',
+    'set_fused': 'layers.ela_functional',
 }
 __all__ = [*_PUBLIC, '__version__']
 

@@ -13,7 +13,7 @@ from timm.data.loader import adapt_to_chs
 from timm.models import parse_model_name
 from torch import Tensor, nn
 
-from .attention import EfficientLocalAttention
+from .layers.ela import EfficientLocalAttention
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

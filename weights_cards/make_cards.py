@@ -1,91 +1,118 @@
-"""`make cards`: writes a model card for each backbone, and the README's table of models, from timm's registry."""
+"""`make cards`: writes counts.csv, a model card for each backbone, and the README's table of models."""
+import csv
 import re
 from pathlib import Path
 
+import timm
+import torch
 from timm.models import get_arch_pretrained_cfgs
+from torch.utils.flop_counter import FlopCounterMode
 
-from timm_ela.cards import CITATION, card, card_data
-from timm_ela.catalog import count, describe
-from timm_ela.layers import ATTN_LAYERS, ELA_PAPER
-from timm_ela.registry import MODELS
+from timm_ela.hub.cards import card, card_data, citation
+from timm_ela.layers.attn_layers import ATTN_LAYERS
+from timm_ela.models.registry import MODELS, Counts, read_counts
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = '<!-- models: make cards -->\n', '<!-- end of models -->'
-BACKBONES = dict.fromkeys(backbone for backbone, _ in MODELS.values())
+BASES = list(dict.fromkeys(model.base for model in MODELS.values()))
+
+
+def measure(name: str) -> Counts:
+    """Counts parameters and multiply-adds of a timm model without allocating its weights."""
+    model = timm.create_model(name, num_classes=1000, device='meta').eval()
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        model(torch.empty(1, 3, 224, 224, device='meta'))
+    return Counts(sum(p.numel() for p in model.parameters()), flops.get_total_flops() // 2)
+
+
+def write_counts(path: Path) -> None:
+    """Writes the costs of the plain models and of ours, a line each."""
+    with path.open('w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(['name', *Counts._fields])
+        writer.writerows([name, *measure(name)] for name in (*BASES, *MODELS))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, columns of numbers aligned to the right."""
+    """Returns a Markdown table, with columns of numbers aligned to the right."""
     rules = ['---:' if re.fullmatch(r'[\d,.]+', cell) else '---' for cell in rows[0]]
     return '\n'.join(f'| {" | ".join(row)} |' for row in (header, rules, *rows))
 
 
-def backbone_card(backbone: str) -> str:
-    """The card of one plain timm model with each attention layer."""
-    models = [describe(name) for name, (base, _) in MODELS.items() if base == backbone]
-    ela, *_ = names = [m.name for m in models]
-    params, macs = count(backbone)
-    rows = [[f'`{backbone}`', 'none', f'{params:,}', f'{macs:,}']]
-    for m in models:
-        layer = ATTN_LAYERS[MODELS[m.name][1]]
-        rows.append([f'`{m.name}`', f'[{layer.title}]({layer.paper})', f'{m.params:,}', f'{m.macs:,}'])
-    cfgs = get_arch_pretrained_cfgs(ela).values()
+def backbone_card(base: str) -> str:
+    """Returns the card of one plain timm model with each attention layer."""
+    models = [model for model in MODELS.values() if model.base == base]
+    grafted = [model for model in models if model.layer.neutral]
+    counts = read_counts()
+    rows = [[f'`{base}`', 'none', f'{counts[base].params:,}', f'{counts[base].macs:,}']]
+    for model in models:
+        params, macs = counts[model.name]
+        rows.append([
+            f'`{model.name}`', f'[{model.layer.title}]({model.layer.paper.url})', f'{params:,}', f'{macs:,}'])
+    cfgs = list(get_arch_pretrained_cfgs(grafted[0].name).values())
     licenses = sorted({cfg.license or 'not stated' for cfg in cfgs})
-    default = models[0].tags[0]
+    without = [model.layer.title for model in models if model not in grafted]
     return card(
         card_data(
+            'ela',
             license=licenses[0] if len(licenses) == 1 else 'other',
             license_name='see-the-table-of-tags' if len(licenses) > 1 else None,
             base_model=[cfg.hf_hub_id for cfg in cfgs],
         ),
-        f'# {backbone} with Efficient Local Attention, and with what it is compared to',
-        f'ELA gates each feature map by what it holds along its rows and along its columns ([paper]({ELA_PAPER})), in '
-        'four sizes: t, b, s, l. The other layers sit in the same slot, for comparison.',
+        f'# {base} with Efficient Local Attention, and with the layers that ELA is compared with',
+        'ELA multiplies a feature map by two gates, one computed from the means of its rows and one from the means of '
+        f'its columns ([paper]({models[0].layer.paper.url})). It has four sizes: t, b, s, l. The other layers stand in '
+        'the same place of each block, for comparison.',
         '## Models',
         table(['model', 'attention', 'parameters', 'multiply-adds'], rows),
-        'At 224 x 224 pixels and 1000 classes; multiply-adds of convolutions and matrix products, by torch\'s '
-        'FlopCounterMode.',
+        'At 224 x 224 pixels with 1000 classes. Multiply-adds are those of convolutions and matrix products, by '
+        'torch\'s FlopCounterMode.',
         '## Weights',
-        'Each tag grafts the plain weights that timm publishes onto an ELA model, which then computes what the plain '
-        f'one does, bit for bit. Default: `{default}`. The other layers have no weights.',
+        'Each tag grafts the plain weights that timm publishes onto the model, which then computes exactly what the '
+        f'plain model does. The default is `{cfgs[0].tag}`.'
+        + (f' There are none for {" and ".join(without)}: these layers cannot be set to change nothing.'
+           if without else ''),
         table(
             ['tag', 'read from', 'licence'],
             [[f'`{cfg.tag}`', f'`{cfg.hf_hub_id}`', cfg.license or 'not stated'] for cfg in cfgs]),
         f"""```python
 import timm
 
-model = timm.create_model('{names[1]}.{default}', pretrained=True)
+model = timm.create_model('{grafted[1].name}.{cfgs[0].tag}', pretrained=True)
 ```""",
         '## Intended use',
         'Image classification, and features for detection and segmentation (`features_only=True`): fine-tune from a '
         'graft, or train from scratch, with timm\'s `train.py`.',
         '## Limits',
-        'The gates of a graft are untrained: its accuracy is the plain model\'s until it is fine-tuned. No accuracy of '
-        'these models is claimed here. The licence is that of the weights that are read.',
-        '## Citation',
-        CITATION,
+        'The attention of a graft is untrained: its accuracy is the plain model\'s until it is fine-tuned. No accuracy '
+        'of these models is claimed here. The licence is that of the weights that are read.',
+        citation(*models),
     )
 
 
 def models_table() -> str:
-    """The README's table: a backbone a line, an attention layer a column, parameters in millions."""
-    rows: dict[str, list[str]] = {}
-    for name, (backbone, layer) in MODELS.items():
-        row = rows.setdefault(
-            name.removesuffix(f'_{layer}'), [f'`{backbone}`', f'{count(backbone)[0] / 1e6:.3f}'])
-        row.append(f'{describe(name).params / 1e6:.3f}')
-    header = ['prefix', 'plain timm model', 'plain', *(f'`_{layer}`' for layer in ATTN_LAYERS)]
-    return table(header, [[f'`{prefix}`', *row] for prefix, row in rows.items()])
+    """Returns the README's table: a backbone a line, with the parameters of its ELA models in millions."""
+    counts = read_counts()
+    sizes = [layer for layer in ATTN_LAYERS.values() if layer.tag == 'ela']
+    rows = []
+    for base in BASES:
+        names = {model.layer.suffix: model.name for model in MODELS.values() if model.base == base}
+        prefix = names['ela_b'].removesuffix('_ela_b')
+        rows.append([
+            f'[`{prefix}`](weights_cards/{base}.md)', f'{counts[base].params / 1e6:.3f}',
+            *(f'{counts[names[layer.suffix]].params / 1e6:.3f}' for layer in sizes)])
+    return table(['prefix', 'plain', *(f'`_{layer.suffix}`' for layer in sizes)], rows)
 
 
 def write_all(root: Path) -> None:
     """Writes the cards and the table below the project's root."""
-    for backbone in BACKBONES:
-        (root / 'weights_cards' / f'{backbone}.md').write_text(backbone_card(backbone), encoding='utf-8')
+    for base in BASES:
+        (root / 'weights_cards' / f'{base}.md').write_text(backbone_card(base), encoding='utf-8')
     readme = root / 'README.md'
     before, rest = readme.read_text(encoding='utf-8').split(START)
     readme.write_text(f'{before}{START}{models_table()}\n{END}{rest.split(END)[1]}', encoding='utf-8')
 
 
 if __name__ == '__main__':
+    write_counts(ROOT / 'timm_ela' / 'models' / 'counts.csv')
     write_all(ROOT)

@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a `.safetensors`, `.pth` or `.pth.tar` checkpoint onto the CPU, weights only.
 
     Returns:
-        The checkpoint's dict, with the weights under 'state_dict' (and 'state_dict_ema' where it holds an average).
+        The checkpoint's dict, with the weights under 'state_dict', and under 'state_dict_ema' if it holds an average.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -47,11 +48,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not a dict of weights.')
     if 'state_dict' not in checkpoint:
         checkpoint = {'state_dict': checkpoint.get('model', checkpoint)}
-    for key in ('state_dict', 'state_dict_ema'):
-        if key == 'state_dict' or checkpoint.get(key) is not None:
-            if not _is_state_dict(checkpoint[key]):
-                raise ValueError(f'{path} holds no state dict under {key!r}.')
-            checkpoint[key] = clean_state_dict(checkpoint[key])
+    if checkpoint.get('state_dict_ema') is None:  # train.py writes the key in any case
+        checkpoint.pop('state_dict_ema', None)
+    for key in {'state_dict', 'state_dict_ema'} & checkpoint.keys():
+        if not _is_state_dict(checkpoint[key]):
+            raise ValueError(f'{path} holds no state dict under {key!r}.')
+        checkpoint[key] = clean_state_dict(checkpoint[key])
     return checkpoint
 
 
@@ -71,13 +73,57 @@ def _is_state_dict(value: Any) -> bool:
     return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
-def read_args(run_dir: Path) -> dict[str, Any]:
-    """Reads a run's args.yaml.
+@dataclass(frozen=True)
+class TrainRun:
+    """A run of train.py."""
 
-    Raises:
-        FileNotFoundError: If the run has none.
-        ValueError: If it is not what train.py writes.
-    """
+    args: dict[str, Any]  # args.yaml
+    state_dict: dict[str, Tensor]
+    averaged: bool  # True if the weights are the run's moving average
+    epoch: int | None  # of the checkpoint, from 0
+    metrics: dict[str, float]  # accuracy of these weights in percent, 'top1' and 'top5'; empty if it was not measured
+    class_names: list[str]  # in the head's order; empty if neither class map nor data folder exists (any more)
+
+    @classmethod
+    def read(cls, run_dir: Path, checkpoint: str = 'model_best.pth.tar', ema: bool = True) -> 'TrainRun':
+        """Reads the folder of a run.
+
+        Args:
+            run_dir: Folder with args.yaml, summary.csv and the checkpoint.
+            checkpoint: Name of the checkpoint in run_dir.
+            ema: Whether to take the moving average if the metrics are those of one.
+
+        Raises:
+            FileNotFoundError: If the folder, args.yaml or the checkpoint is missing.
+            ValueError: If args.yaml or the checkpoint is not what train.py writes.
+        """
+        args = _read_args(run_dir)
+        if not (run_dir / checkpoint).is_file():
+            raise FileNotFoundError(f'{run_dir} has no {checkpoint}: --checkpoint NAME takes another one.')
+        saved = read_checkpoint(run_dir / checkpoint)
+        # With the average on the CPU, train.py measures the raw weights.
+        measured_on_average = 'state_dict_ema' in saved and not args.get('model_ema_force_cpu')
+        averaged = ema and measured_on_average
+        epoch = saved.get('epoch')
+        return cls(
+            args=args,
+            state_dict=saved['state_dict_ema' if averaged else 'state_dict'],
+            averaged=averaged,
+            epoch=epoch,
+            metrics=_read_metrics(run_dir, epoch) if averaged == measured_on_average else {},
+            class_names=read_class_names(args),
+        )
+
+    @property
+    def dataset(self) -> str:
+        """Name of the dataset, or of the data folder."""
+        args = self.args
+        return Path(args.get('dataset') or args.get('data_dir') or args.get('data') or '').name or 'custom'
+
+
+def _read_args(run_dir: Path) -> dict[str, Any]:
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f'There is no folder {run_dir}.')
     path = run_dir / 'args.yaml'
     if not path.is_file():
         raise FileNotFoundError(f'{run_dir} has no args.yaml: it must be the output folder of a run of train.py.')
@@ -90,8 +136,7 @@ def read_args(run_dir: Path) -> dict[str, Any]:
     return args
 
 
-def read_metrics(run_dir: Path, epoch: int | None) -> dict[str, float]:
-    """The metrics of one epoch in a run's summary.csv, in percent; empty where it has none."""
+def _read_metrics(run_dir: Path, epoch: int | None) -> dict[str, float]:
     path = run_dir / 'summary.csv'
     if epoch is None or not path.is_file():
         return {}
@@ -104,29 +149,8 @@ def read_metrics(run_dir: Path, epoch: int | None) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
 
-def read_class_names(args: dict[str, Any], num_classes: int, file: str | Path | None = None) -> list[str] | None:
-    """Class names in the head's order: from a file with one name a line, else from the run's class map or data folder.
-
-    Args:
-        args: The run's arguments.
-        num_classes: Outputs of the head.
-        file: Text file that takes precedence over what the run says.
-
-    Returns:
-        The names, or None where neither class map nor folder exists (any more) or they do not number num_classes.
-
-    Raises:
-        ValueError: If the file does not hold num_classes names.
-    """
-    if file is not None:
-        try:
-            lines = Path(file).read_text(encoding='utf-8-sig').splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f'{file} is not a UTF-8 text file with one class name a line: {error}') from error
-        names = [line.strip() for line in lines if line.strip()]
-        if len(names) != num_classes:
-            raise ValueError(f'{file} holds {len(names)} class names, the head has {num_classes} outputs.')
-        return names
+def read_class_names(args: dict[str, Any]) -> list[str]:
+    """The class names of a run's class map or data folder, in the head's order; empty where neither can be read."""
     root = args.get('data_dir') or args.get('data')
     class_map = args.get('class_map') or ''
     class_to_idx = {}
@@ -139,4 +163,17 @@ def read_class_names(args: dict[str, Any], num_classes: int, file: str | Path | 
     except (AssertionError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         _logger.warning(f'The class names of the run cannot be read (any more): {error}')
     names = sorted(class_to_idx, key=class_to_idx.__getitem__)
-    return names if sorted(class_to_idx.values()) == list(range(num_classes)) else None
+    return names if sorted(class_to_idx.values()) == list(range(len(names))) else []
+
+
+def read_names_file(path: str | Path) -> list[str]:
+    """The class names of a text file, one a line.
+
+    Raises:
+        ValueError: If it is not a text file.
+    """
+    try:
+        lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not a UTF-8 text file with one class name a line: {error}') from error
+    return [line.strip() for line in lines if line.strip()]

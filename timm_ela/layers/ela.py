@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fused import ela, ela_gates
+from .ela_functional import check_input, ela, gate
 
 torch.fx.wrap('ela')  # one node in a traced graph, with its checks and its choice of path inside
 
@@ -108,23 +108,25 @@ class EfficientLocalAttention(nn.Module):
                 and scripted, the errors are those of the compiler.
         """
         conv, gn = self.conv, self.gn
-        if torch.jit.is_scripting() or self._is_as_made():
-            return ela(x, conv.weight, gn.weight, gn.bias, self.gn.num_groups, self.gn.eps)  # constants: not of `gn`
-        a_h, a_w = self.gates(x)
-        return x * a_h.unsqueeze(3) * a_w.unsqueeze(2)
+        if torch.jit.is_scripting() or self._parts_are_unmodified():
+            # num_groups and eps through self: so TorchScript sees them as constants
+            return ela(x, conv.weight, gn.weight, gn.bias, self.gn.num_groups, self.gn.eps)
+        return gate(x, *self._logits(x))
 
     @torch.jit.ignore
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The two gates of x: a_h (N, C, H) and a_w (N, C, W), values in (0, 1), in x's dtype."""
-        conv, gn = self.conv, self.gn
-        if self._is_as_made():
-            return ela_gates(x, conv.weight, gn.weight, gn.bias, gn.num_groups, gn.eps)
-        a_h, a_w = (gn(conv(z)).sigmoid().to(x.dtype) for z in (x.mean(3), x.mean(2)))
-        return a_h, a_w
+        logits_h, logits_w = self._logits(x)
+        return logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
 
     @torch.jit.ignore
-    def _is_as_made(self) -> bool:
-        """Whether the parameters of conv and gn are all there is to them: no hooks (pruning is one), no wrappers."""
+    def _logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_input(x, self.conv.weight, self.gn.weight, self.gn.bias)
+        return self.gn(self.conv(x.mean(3))), self.gn(self.conv(x.mean(2)))
+
+    @torch.jit.ignore
+    def _parts_are_unmodified(self) -> bool:
+        """True if conv and gn are PyTorch's own: no hooks, no pruning (which is a hook), no wrappers."""
         return all(
             type(m).forward is made.forward
             and not (m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks)

@@ -1,14 +1,7 @@
-"""timm's residual blocks with the attention layer in the slot that timm's own do not have.
-
-`inner` is between the spatial convolution and the projection, on the block's inner width; `output` is after the last
-batch norm, before the residual add, on its output width. A BasicBlock has no projection: both are after its bn2.
-"""
+"""timm's residual blocks with the attention layer in a slot that timm's own do not have."""
 from timm.layers import create_attn
-from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import Bottleneck
 from torch import Tensor
-
-SLOTS = ('inner', 'output')
 
 
 class InnerAttnBottleneck(Bottleneck):
@@ -42,22 +35,4 @@ class InnerAttnBottleneck(Bottleneck):
             shortcut = self.downsample(shortcut)
         x += shortcut
         x = self.act3(x)
-        return x
-
-
-class OutputAttnInvertedResidual(InvertedResidual):
-    """timm's InvertedResidual, without its space-to-depth, with its attention layer after bn3."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
-        x = self.conv_pw(x)
-        x = self.bn1(x)
-        x = self.conv_dw(x)
-        x = self.bn2(x)
-        x = self.aa(x)
-        x = self.conv_pwl(x)
-        x = self.bn3(x)
-        x = self.se(x)
-        if self.has_skip:
-            x = self.drop_path(x) + shortcut
         return x

@@ -11,25 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-_FUSED = 1
-if (_value := os.environ.get('TIMM_ELA_FUSED', '1')) in ('0', '1', '2'):
-    _FUSED = int(_value)
+_FUSED = True
+if (_value := os.environ.get('TIMM_ELA_FUSED', '1')) in ('0', '1'):
+    _FUSED = _value == '1'
 else:
-    logging.getLogger(__name__).warning(f'TIMM_ELA_FUSED={_value} is none of 0, 1 and 2: taken as 1.')
+    logging.getLogger(__name__).warning(f'TIMM_ELA_FUSED={_value} is neither 0 nor 1: taken as 1.')
 
-_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # PyTorch 2.5 cannot tell
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # PyTorch 2.5 has none
 
 
-def set_fused(enable: bool = True, experimental: bool = False) -> None:
-    """Chooses how `ela` computes, as timm's `set_fused_attn` does; from outside, `TIMM_ELA_FUSED` is 0, 1 or 2.
+def set_fused(enable: bool = True) -> None:
+    """Chooses how `ela` computes in eager mode, as timm's `set_fused_attn` does; the environment's is TIMM_ELA_FUSED.
 
     Args:
-        enable: Take the path that costs less (1); else the plain formula, `ela_reference` (0).
-        experimental: Take the Triton kernels of `triton_op` on a GPU (2), under torch.compile too. They are tested in
-            Triton's interpreter and compile for GPUs, but have not been run on one.
+        enable: Take the path that costs less; else the plain formula, `ela_reference`.
     """
     global _FUSED
-    _FUSED = 0 if not enable else 2 if experimental else 1
+    _FUSED = enable
 
 
 def strip_logits(
@@ -44,6 +42,13 @@ def strip_logits(
     channels, group_size, kernel_size = conv_weight.shape
     z = F.conv1d(z, conv_weight, None, padding=[kernel_size // 2], groups=channels // group_size)
     return F.group_norm(z, norm_groups, norm_weight, norm_bias, eps)
+
+
+def gate(x: Tensor, logits_h: Tensor, logits_w: Tensor) -> Tensor:
+    """Multiplies x (N, C, H, W) by the sigmoids of logits_h (N, C, H) and logits_w (N, C, W)."""
+    # Under CUDA autocast GroupNorm returns float32, which would promote the whole activation.
+    a_h, a_w = logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
+    return x * a_h.unsqueeze(3) * a_w.unsqueeze(2)
 
 
 def ela_reference(
@@ -67,10 +72,9 @@ def ela_reference(
     Returns:
         x * a_h * a_w, (N, C, H, W) in x's dtype.
     """
-    a_h = strip_logits(x.mean(3), conv_weight, norm_weight, norm_bias, norm_groups, eps).sigmoid()  # (N, C, H)
-    a_w = strip_logits(x.mean(2), conv_weight, norm_weight, norm_bias, norm_groups, eps).sigmoid()  # (N, C, W)
-    # Under CUDA autocast GroupNorm returns float32, which would promote the whole activation.
-    return x * a_h.to(x.dtype).unsqueeze(3) * a_w.to(x.dtype).unsqueeze(2)
+    logits_h = strip_logits(x.mean(3), conv_weight, norm_weight, norm_bias, norm_groups, eps)
+    logits_w = strip_logits(x.mean(2), conv_weight, norm_weight, norm_bias, norm_groups, eps)
+    return gate(x, logits_h, logits_w)
 
 
 def _channels_last_on_cpu(x: Tensor) -> bool:
@@ -185,7 +189,8 @@ def _is_autocast(x: Tensor) -> bool:
     return x.dtype in casts and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _check(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> None:
+def check_input(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> None:
+    """Raises a ValueError unless x is 4-D, with the weights' channels, device and (but under autocast) dtype."""
     if x.ndim != 4 or x.shape[1] != norm_weight.shape[0]:
         raise ValueError(
             f'ELA expects an input of shape (N, {norm_weight.shape[0]}, H, W), got {tuple(x.shape)}.')
@@ -195,21 +200,6 @@ def _check(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tenso
         if value.dtype != x.dtype and not _is_autocast(x):
             raise ValueError(
                 f'ELA expects {name} in the input\'s dtype, {x.dtype}, got {value.dtype}: cast one, or use autocast.')
-
-
-def ela_gates(
-        x: Tensor,
-        conv_weight: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        norm_groups: int,
-        eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    """The two gates a_h (N, C, H) and a_w (N, C, W) in x's dtype. Arguments and errors as in `ela`."""
-    _check(x, conv_weight, norm_weight, norm_bias)
-    args = (conv_weight, norm_weight, norm_bias, norm_groups, eps)
-    a_h, a_w = (strip_logits(z, *args).sigmoid().to(x.dtype) for z in pool_strips(x))
-    return a_h, a_w
 
 
 def ela(
@@ -236,20 +226,12 @@ def ela(
 
 def _ela(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, groups: int, eps: float) -> Tensor:
     args = (conv_weight, norm_weight, norm_bias, groups, eps)
-    compiled = torch.compiler.is_compiling()
-    # a compiler fuses the formula by itself, and an export needs nothing of ours to run
-    if compiled and _FUSED < 2 or _is_exporting() or torch.jit.is_tracing():
+    # A compiler fuses the formula by itself, and an exported program needs nothing of ours to run.
+    if torch.compiler.is_compiling() or _is_exporting() or torch.jit.is_tracing():
         return ela_reference(x, *args)
-    _check(x, conv_weight, norm_weight, norm_bias)
-    # torch.func and forward-mode derivatives want the formula
+    check_input(x, conv_weight, norm_weight, norm_bias)
+    # torch.func and forward-mode derivatives need the formula.
     if not _FUSED or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return ela_reference(x, *args)
-    if _FUSED > 1:
-        from .triton_op import ela_triton, supported
-
-        if supported(x, conv_weight, norm_weight, norm_bias, groups):
-            return ela_triton(x, *args)
-    if compiled:
         return ela_reference(x, *args)
     x, z_h, z_w = _Pool.apply(x)
     return _Gate.apply(x, *_both_logits(x, z_h, z_w, *args))

@@ -1,0 +1,177 @@
+"""Model cards of what a user trained or converted. Those of the backbones: weights_cards/make_cards.py."""
+import platform
+import shlex
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import timm
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+
+from .. import __version__
+from ..models.registry import MODELS, Model
+from .train_run import TrainRun
+
+INSTALL = 'pip install git+https://github.com/timm-ela/timm_ela'  # the address in pyproject.toml
+PLACEHOLDER = 'hf-hub:OWNER/NAME'  # of a card's repository, until a push knows it
+# The arguments in args.yaml that say how a run was trained; paths and the like are left out.
+_RECIPE = (
+    'dataset', 'train_split', 'val_split', 'model', 'model_kwargs', 'bn_eps', 'bn_momentum', 'pretrained',
+    'num_classes', 'img_size', 'input_size', 'in_chans', 'mean', 'std', 'crop_pct', 'gp', 'epochs', 'batch_size',
+    'grad_accum_steps', 'opt', 'opt_kwargs', 'opt_betas', 'momentum', 'lr', 'sched', 'sched_on_updates',
+    'warmup_epochs', 'warmup_lr', 'min_lr', 'cooldown_epochs', 'weight_decay', 'clip_grad', 'layer_decay',
+    'head_init_scale', 'head_init_bias', 'drop', 'drop_path', 'smoothing', 'bce_loss', 'mixup', 'cutmix', 'amp',
+    'channels_last', 'model_ema', 'seed',
+)
+# Arguments that count only with another one, or only without it.
+_RECIPE_WITH = {'model_ema': ('model_ema_decay',), 'amp': ('amp_dtype',)}
+_RECIPE_WITHOUT = {
+    'lr': ('lr_base', 'lr_base_size'),
+    'no_aug': ('aa', 'color_jitter', 'hflip', 'vflip', 'scale', 'ratio', 'reprob', 'train_interpolation'),
+}
+
+
+def card(data: ModelCardData, *sections: str) -> str:
+    """Returns a card of front matter and Markdown sections; empty sections are left out."""
+    return str(ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(filter(None, sections)) + '\n'))
+
+
+def card_data(tag: str | None = None, **kwargs: Any) -> ModelCardData:
+    """Returns the front matter that all cards share, with the layer's tag and what else is given."""
+    tags = ['timm', 'image-classification', *([tag] if tag else [])]
+    return ModelCardData(library_name='timm', pipeline_tag='image-classification', tags=tags, **kwargs)
+
+
+def citation(*models: Model) -> str:
+    """Returns the section that cites the papers of the models' layers."""
+    papers = dict.fromkeys(model.layer.paper.bibtex for model in models)
+    return '## Citation\n\n```bibtex\n' + '\n\n'.join(papers) + '\n```' if papers else ''
+
+
+def _usage(model: Model | None) -> str:
+    install = f'# {INSTALL}   makes timm know {model.name}\n' if model else ''
+    return f"""\
+## Use
+
+```python
+{install}import timm
+
+model = timm.create_model('{PLACEHOLDER}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+```"""
+
+
+def _license(model: nn.Module) -> str:
+    return f'Licence: {model.pretrained_cfg.get("license") or "not stated"}.'
+
+
+def _command(args: dict[str, Any]) -> str:
+    """Returns the train.py command line of a run."""
+    keys = list(_RECIPE)
+    keys += [k for flag, more in _RECIPE_WITH.items() if args.get(flag) for k in more]
+    keys += [k for flag, more in _RECIPE_WITHOUT.items() for k in (more if not args.get(flag) else (flag,))]
+    words = ['train.py', '--data-dir DATA']
+    for key in dict.fromkeys(keys):
+        value = args.get(key)
+        if value is None or value is False or value in ('', [], {}):  # a zero counts: it may differ from the default
+            continue
+        if isinstance(value, dict):
+            value = [f'{k}={v}' for k, v in value.items()]
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words.append(' '.join([f'--{key.replace("_", "-")}', *(shlex.quote(str(v)) for v in values)]))
+    for key in ('pretrained_path', 'initial_checkpoint'):
+        if args.get(key):
+            words.append(f'--{key.replace("_", "-")} {shlex.quote(Path(args[key]).name)}')
+    text = ' '.join(word.replace(' ', '\xa0') for word in words)  # keeps an argument and its values in one line
+    lines = textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False, subsequent_indent='    ')
+    return lines.replace('\n', ' \\\n').replace('\xa0', ' ')
+
+
+def _validate_command(run: TrainRun) -> str:
+    """Returns the validate.py command line that measures the card's numbers."""
+    words = ['validate.py', '--data-dir DATA']
+    for key in ('dataset', 'amp_dtype'):
+        if run.args.get(key) and (key != 'amp_dtype' or run.args.get('amp')):
+            words.append(f'--{key.replace("_", "-")} {shlex.quote(str(run.args[key]))}')
+    if run.args.get('amp'):
+        words.append('--amp')
+    return ' '.join([*words, f'--split {run.args.get("val_split") or "validation"}', f'--model {PLACEHOLDER}'])
+
+
+def run_card(model: nn.Module, run: TrainRun, base_model: str | None) -> str:
+    """Returns the card of a run of train.py, with its accuracy as model-index results.
+
+    Args:
+        model: Model with the run's weights.
+        run: The run.
+        base_model: Hub repository of the plain weights that the run was grafted on.
+    """
+    arch = model.pretrained_cfg['architecture']
+    row = MODELS.get(arch)
+    names = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
+    split = run.args.get('val_split') or 'validation'
+    data = card_data(
+        row.layer.tag if row else None,
+        license=model.pretrained_cfg.get('license'),
+        base_model=base_model,
+        model_name=f'{arch} on {run.dataset}',
+        eval_results=[
+            EvalResult(
+                task_type='image-classification',
+                dataset_type=run.dataset,
+                dataset_name=run.dataset,
+                dataset_split=run.args.get('val_split'),
+                metric_type='accuracy',
+                metric_name=names[key],
+                metric_value=value,
+            ) for key, value in run.metrics.items()
+        ] or None,
+    )
+    size = ' x '.join(map(str, timm.data.resolve_input_data_config(model, args=run.args)['input_size'][1:]))
+    measured = f'On the {split} split, after epoch {run.epoch} (the first is 0), at {size} pixels:'
+    weights = 'the exponential moving average' if run.averaged else 'as trained'
+    return card(
+        data,
+        f'# {arch}, trained on {run.dataset}',
+        f'`{arch}`{f" ([{row.layer.title}]({row.layer.paper.url}))" if row else ""} with {model.num_classes} classes '
+        f'and {sum(p.numel() for p in model.parameters()):,} parameters, '
+        f'trained with timm\'s `train.py`{f" from `{base_model}`" if base_model else ""}. {_license(model)}',
+        '## Results',
+        f'Weights: {weights}. {measured if run.metrics else "Their accuracy was not measured."}',
+        '\n'.join(f'- {names[key]}: {value:.2f} %' for key, value in run.metrics.items()),
+        f'This measures it again, and takes `local-dir:FOLDER` too:\n\n```bash\n{_validate_command(run)}\n```'
+        if run.metrics else '',
+        '## Recipe',
+        f'```bash\n{_command(run.args)}\n```',
+        f'Exported with timm_ela {__version__}, timm {timm.__version__}, torch {torch.__version__}, huggingface_hub '
+        f'{huggingface_hub.__version__}, Python {platform.python_version()}.',
+        _usage(row),
+        citation(row) if row else '',
+    )
+
+
+def converted_card(model: nn.Module, source: str, grafted: bool) -> str:
+    """Returns the card of a converted checkpoint. It states no accuracy, since none was measured.
+
+    Args:
+        model: Model with the weights.
+        source: Name of the checkpoint's file.
+        grafted: True if the checkpoint was a plain model's, without the attention's weights.
+    """
+    row = MODELS[model.pretrained_cfg['architecture']]
+    what = (
+        f'a checkpoint of plain {row.base}. Its attention is at the point where it changes nothing: the model computes '
+        'what the plain one does. The attention is untrained.' if grafted else 'under timm\'s names.')
+    return card(
+        card_data(row.layer.tag),
+        f'# {row.name}, converted from {source}',
+        f'`{row.name}` ([{row.layer.title}]({row.layer.paper.url})) with the weights of `{source}`, {what} '
+        f'{_license(model)}',
+        f'```bash\ntrain.py --model {row.name} --num-classes {model.num_classes} --initial-checkpoint '
+        'model.safetensors ...\n```',
+        _usage(row),
+        citation(row),
+    )

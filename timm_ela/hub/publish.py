@@ -1,0 +1,244 @@
+"""A run of train.py, or a checkpoint -> a folder of weights, config and card, which timm loads."""
+import json
+import logging
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import timm
+from timm.models import get_arch_name, get_pretrained_cfg, save_for_hf
+from torch import Tensor, nn
+
+from ..models.registry import GRAFT, MODELS, family
+from .cards import converted_card, run_card
+from .train_run import TrainRun, read_checkpoint, read_class_names, read_names_file
+
+_logger = logging.getLogger(__name__)
+
+# Settings of the weights that a run began with. train.py measures at the training size.
+_STALE = ('label_names', 'label_descriptions', 'test_input_size', 'test_crop_pct', 'test_pool_size')
+_OF_SOURCE = ('license', 'origin_url', 'paper_ids', 'paper_name', 'description')
+
+
+@contextmanager
+def _new_folder(out_dir: Path, source: Path, force: bool) -> Iterator[Path]:
+    """Yields a temporary folder that becomes out_dir if nothing fails, so that nothing is left half-written."""
+    if out_dir.resolve() in (source.resolve(), *source.resolve().parents):
+        raise FileExistsError(f'{out_dir} holds {source}, which must stay: choose another folder.')
+    if out_dir.exists() and not out_dir.is_dir():
+        raise FileExistsError(f'{out_dir} is a file: choose a folder.')
+    if not force and out_dir.is_dir() and any(out_dir.iterdir()):
+        raise FileExistsError(f'{out_dir} exists and is not empty: choose another folder, or --force replaces it.')
+    beside = next(parent for parent in out_dir.absolute().parents if parent.is_dir())
+    with TemporaryDirectory(dir=beside, prefix=f'.{out_dir.name}-') as temporary:
+        folder = Path(temporary, 'new')
+        folder.mkdir()
+        yield folder
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        if out_dir.exists():
+            out_dir.rename(Path(temporary, 'old'))
+        folder.rename(out_dir)
+
+
+def _model_kwargs(args: dict[str, Any]) -> dict[str, Any]:
+    """What train.py passes to create_model for these arguments."""
+    kwargs = {
+        'num_classes': args.get('num_classes'),
+        'in_chans': args.get('in_chans') or (args.get('input_size') or [None])[0],
+        'global_pool': args.get('gp'),
+        'bn_eps': args.get('bn_eps'),
+        'bn_momentum': args.get('bn_momentum'),
+    }
+    return {k: v for k, v in kwargs.items() if v is not None} | dict(args.get('model_kwargs') or {})
+
+
+def _ends_of(state_dict: dict[str, Tensor], name: str) -> dict[str, int]:
+    """Classes and input channels of the weights of one of our models."""
+    cfg = get_pretrained_cfg(name)
+    ends = {}
+    for key, part, axis in (('num_classes', cfg.classifier, 0), ('in_chans', cfg.first_conv, 1)):
+        weight = state_dict.get(f'{part}.weight')
+        if weight is not None and weight.ndim > axis:
+            ends[key] = weight.shape[axis]
+    return ends
+
+
+def _load(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    own, arch = model.state_dict(), model.pretrained_cfg['architecture']
+    missing = [k for k in own if k not in state_dict and not k.endswith('num_batches_tracked')]
+    foreign = [k for k in state_dict if k not in own]
+    if missing or foreign:
+        raise RuntimeError(
+            f'The weights are not those of {arch}: {len(missing)} are missing and {len(foreign)} are foreign, first '
+            f'{(missing + foreign)[0]!r}.')
+    for k, v in own.items():
+        if k in state_dict and state_dict[k].shape != v.shape:
+            raise RuntimeError(
+                f'The weights are not those of {arch}: {k!r} is {tuple(state_dict[k].shape)} in the checkpoint and '
+                f'{tuple(v.shape)} in the model.')
+    model.load_state_dict(state_dict, strict=False)
+
+
+def _check_class_names(found: list[str], model: nn.Module, file: str | Path | None) -> list[str] | None:
+    if file is not None:
+        names = read_names_file(file)
+        if len(names) != model.num_classes:
+            raise ValueError(f'{file} holds {len(names)} class names, the head has {model.num_classes} outputs.')
+        return names
+    if len(found) == model.num_classes:
+        return found
+    _logger.warning('No class names are written: neither the class map nor the data folder of the run gives '
+                    f'{model.num_classes} of them. --class-names FILE does.')
+    return None
+
+
+def _write(
+        folder: Path,
+        model: nn.Module,
+        args: dict[str, Any],
+        tag: str,
+        class_names: list[str] | None,
+        card: str,
+) -> None:
+    save_for_hf(
+        model,
+        folder,
+        model_config={'pretrained_cfg': {'tag': tag}, 'label_names': class_names},
+        safe_serialization=True,
+        data_config=args,
+    )
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    # The head's size stands at the top level. transformers would pass this copy to timm as well, and fail.
+    config['model_args'].pop('num_classes', None)
+    path.write_text(json.dumps(config, indent=2) + '\n')
+    shutil.copymode(path, folder / 'model.safetensors')  # safetensors lets only its owner read it
+    (folder / 'README.md').write_text(card, encoding='utf-8')
+    if not model.pretrained_cfg.get('license'):
+        _logger.warning('The card says "Licence: not stated": --license states one.')
+
+
+def export_run(
+        run_dir: str | Path,
+        out_dir: str | Path,
+        *,
+        tag: str | None = None,
+        ema: bool = True,
+        class_names: str | Path | None = None,
+        checkpoint: str = 'model_best.pth.tar',
+        license: str | None = None,
+        force: bool = False,
+) -> Path:
+    """Makes a run of timm's train.py a folder of model.safetensors, config.json and README.md.
+
+    The weights are those that the metrics in summary.csv were measured on.
+
+    Args:
+        run_dir: Folder with args.yaml, summary.csv and the checkpoint.
+        out_dir: Folder to write; it appears only when it is complete.
+        tag: The weights' tag; by default the dataset's name.
+        ema: False takes the raw weights of a run that kept an average, and gives no accuracy for them.
+        class_names: Text file with one class name a line.
+        checkpoint: Name of the checkpoint in run_dir.
+        license: Licence of the weights, such as 'apache-2.0'; by default that of the graft that the run began with.
+        force: Whether to replace an out_dir that is not empty.
+
+    Returns:
+        out_dir.
+
+    Raises:
+        FileNotFoundError: If run_dir, its args.yaml or the checkpoint does not exist.
+        FileExistsError: If out_dir is not empty.
+        ValueError: If the checkpoint cannot be read, or class names and head differ in number.
+        RuntimeError: If the weights are not those of the run's model.
+    """
+    run_dir, out_dir = Path(run_dir), Path(out_dir)
+    with _new_folder(out_dir, run_dir, force) as folder:
+        run = TrainRun.read(run_dir, checkpoint, ema)
+        name = run.args['model']
+        if ':' not in name and not timm.is_model(get_arch_name(name)):
+            raise ValueError(f'timm {timm.__version__} knows no model {name!r}: `timm-ela list` shows ours.')
+        model = timm.create_model(name, **_model_kwargs(run.args))
+        _load(model, run.state_dict)
+
+        cfg = model.pretrained_cfg
+        if cfg['architecture'] not in MODELS:
+            _logger.warning(f'{name} is a model of timm, not one of timm_ela: written all the same.')
+        other_start = run.args.get('pretrained_path') or run.args.get('initial_checkpoint')
+        from_hub = bool(run.args.get('pretrained') and not other_start and cfg.get('hf_hub_id'))
+        for key in _STALE if from_hub else _STALE + _OF_SOURCE:
+            cfg.pop(key, None)
+        if license:
+            cfg['license'] = license
+        names = _check_class_names(run.class_names, model, class_names)
+        card = run_card(model, run, cfg['hf_hub_id'].partition('@')[0] if from_hub else None)
+        _write(folder, model, run.args, tag or run.dataset.lower().replace(' ', '_'), names, card)
+    return out_dir
+
+
+def convert_checkpoint(
+        checkpoint: str | Path,
+        model_name: str,
+        out_dir: str | Path,
+        *,
+        tag: str | None = None,
+        ema: bool = True,
+        class_names: str | Path | None = None,
+        license: str | None = None,
+        force: bool = False,
+) -> Path:
+    """Makes a plain model's checkpoint, or its authors', a folder with a complete checkpoint of ours, head included.
+
+    Args:
+        checkpoint: A `.pth.tar` of train.py, a `.pth` or a `.safetensors` of the plain timm model, or one in a layout
+            that the model's family knows, such as its authors'.
+        model_name: The model of ours that it is for, such as 'resnet50_ela_b'.
+        out_dir: Folder to write, as `export_run` does.
+        tag: The weights' tag.
+        ema: Whether to take the averaged weights where the checkpoint has them.
+        class_names: Text file with one class name a line.
+        license: Licence of the weights, such as 'apache-2.0'.
+        force: Whether to replace an out_dir that is not empty.
+
+    Returns:
+        out_dir.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        FileExistsError: If out_dir is not empty.
+        ValueError: If the checkpoint cannot be read or the model is not one of ours.
+        RuntimeError: If the checkpoint is of another architecture, or one of the model itself already.
+    """
+    checkpoint, out_dir = Path(checkpoint), Path(out_dir)
+    arch = get_arch_name(model_name)
+    if arch not in MODELS:
+        raise ValueError(f'{model_name!r} is not a model of timm_ela: `timm-ela list` shows them.')
+    with _new_folder(out_dir, checkpoint, force) as folder:
+        saved = read_checkpoint(checkpoint)
+        original = saved['state_dict_ema' if ema and 'state_dict_ema' in saved else 'state_dict']
+        # A run of train.py says its input size, mean and std.
+        args = vars(saved['args']) if isinstance(saved.get('args'), Namespace) else {}
+        kwargs = _model_kwargs(args)
+        skeleton = timm.create_model(model_name, device='meta', **kwargs)  # names and places of the weights
+        state_dict = family(arch).rename_state_dict(original, skeleton)
+        model = timm.create_model(model_name, **{**kwargs, **_ends_of(state_dict, arch)})
+        complete = family(arch).checkpoint_filter_fn(state_dict, model)
+        grafted = len(complete) > len(state_dict)
+        if not grafted and state_dict.keys() == original.keys():
+            raise RuntimeError(
+                f'{checkpoint} is a checkpoint of {arch} already: load it as it is, or `timm-ela export` its run.')
+        _load(model, complete)
+
+        cfg = model.pretrained_cfg
+        for key in ('license', 'origin_url', 'paper_ids', 'label_names'):  # the default tag's, not this checkpoint's
+            cfg.pop(key, None)
+        if license:
+            cfg['license'] = license
+        names = _check_class_names(read_class_names(args), model, class_names)
+        card = converted_card(model, checkpoint.name, grafted)
+        _write(folder, model, args, tag or (f'{GRAFT}custom' if grafted else 'custom'), names, card)
+    return out_dir

@@ -1,0 +1,134 @@
+"""The attention layers that models are registered with, a row each: ELA's four sizes, and what it is compared with.
+
+The rivals are timm's layers, set as in their papers. Two of them differ from the paper's equations: SEModule's two
+layers have biases, as in its authors' released models, and CbamModule's spatial convolution has a batch norm, as in its
+authors' code (which also has biases in the channel MLP; its equation and timm have none). GlobalContext's LayerNorm has
+timm's epsilon, 1e-6, where its authors' has 1e-5.
+"""
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from timm.layers import EcaModule, GlobalContext, SEModule
+from timm.layers.cbam import CbamModule
+from timm.layers.coord_attn import CoordAttn
+from torch import nn
+
+from .ela import VARIANTS, EfficientLocalAttention
+
+
+class Paper(NamedTuple):
+    """A paper on arXiv."""
+
+    title: str
+    authors: str  # as BibTeX separates them
+    year: int
+    arxiv: str
+
+    @property
+    def url(self) -> str:
+        return f'https://arxiv.org/abs/{self.arxiv}'
+
+    @property
+    def bibtex(self) -> str:
+        key = f'{self.authors.partition(",")[0].lower()}{self.year}'
+        fields = dict(
+            title=self.title, author=self.authors, journal=f'arXiv preprint arXiv:{self.arxiv}', year=self.year)
+        return f'@article{{{key},\n' + ',\n'.join(f'  {k:7} = {{{v}}}' for k, v in fields.items()) + '\n}'
+
+
+class Neutral(NamedTuple):
+    """The point where a layer multiplies its input by exactly 1 / factor, and where gradients make it leave."""
+
+    zeroed: tuple[str, ...]  # parameters that are zero there
+    factor: int  # a power of two: to scale by it loses no bit
+
+
+class AttnLayer(NamedTuple):
+    """An attention layer: what it is called, where it comes from, how it is made."""
+
+    suffix: str  # of the models' names
+    title: str
+    paper: Paper
+    make: Callable[..., nn.Module]  # make(channels, device=..., dtype=...)
+    neutral: Neutral | None = None
+    no_weights: str = ''  # why there are no pretrained weights, where there is no neutral point
+
+    @property
+    def tag(self) -> str:
+        """Name of the method without its size: 'ela' for 'ela_t'."""
+        return self.suffix.partition('_')[0]
+
+    def create(self, channels: int, act_layer: Any = None, device=None, dtype=None) -> nn.Module:
+        """Builds the layer for a feature map (N, channels, H, W), as timm's builders call it.
+
+        Args:
+            channels: Channels of the feature map.
+            act_layer: Not used: timm's builders pass the block's activation, and each paper has its own.
+            device: Device of the parameters.
+            dtype: Dtype of the parameters.
+        """
+        return self.make(channels, device=device, dtype=dtype)
+
+
+def _reduced(layer: Callable[..., nn.Module], ratio: int, least: int = 1, **kwargs) -> Callable[..., nn.Module]:
+    """How a layer of timm is made with hidden channels that are channels // ratio, and at least `least`."""
+    def make(channels: int, **dd) -> nn.Module:
+        return layer(channels, rd_channels=max(least, channels // ratio), **kwargs, **dd)
+
+    return make
+
+
+ELA = Paper(
+    'ELA: Efficient Local Attention for Deep Convolutional Neural Networks', 'Xu, Wei and Wan, Yi', 2024, '2403.01123')
+
+ATTN_LAYERS = {layer.suffix: layer for layer in (
+    *(AttnLayer(
+        f'ela_{variant}',
+        f'ELA-{variant.upper()}',
+        ELA,
+        partial(EfficientLocalAttention, variant=variant),
+        Neutral(('gn.weight', 'gn.bias'), 4),
+    ) for variant in VARIANTS),
+    AttnLayer(
+        'ca',
+        'Coordinate Attention',
+        Paper('Coordinate Attention for Efficient Mobile Network Design',
+              'Hou, Qibin and Zhou, Daquan and Feng, Jiashi', 2021, '2103.02907'),
+        _reduced(CoordAttn, 32, least=8, bias=True),
+        Neutral(('conv_h.weight', 'conv_h.bias', 'conv_w.weight', 'conv_w.bias'), 4),
+    ),
+    AttnLayer(
+        'eca',
+        'Efficient Channel Attention',
+        Paper('ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks',
+              'Wang, Qilong and Wu, Banggu and Zhu, Pengfei and Li, Peihua and Zuo, Wangmeng and Hu, Qinghua',
+              2019, '1910.03151'),
+        EcaModule,
+        Neutral(('conv.weight',), 2),
+    ),
+    AttnLayer(
+        'se',
+        'Squeeze-and-Excitation',
+        Paper('Squeeze-and-Excitation Networks',
+              'Hu, Jie and Shen, Li and Albanie, Samuel and Sun, Gang and Wu, Enhua', 2017, '1709.01507'),
+        _reduced(SEModule, 16),
+        Neutral(('fc2.weight', 'fc2.bias'), 2),
+    ),
+    AttnLayer(
+        'cbam',
+        'Convolutional Block Attention',
+        Paper('CBAM: Convolutional Block Attention Module',
+              'Woo, Sanghyun and Park, Jongchan and Lee, Joon-Young and Kweon, In So', 2018, '1807.06521'),
+        _reduced(CbamModule, 16),
+        Neutral(('channel.fc2.weight', 'spatial.conv.bn.weight', 'spatial.conv.bn.bias'), 4),
+    ),
+    AttnLayer(
+        'gc',
+        'Global Context',
+        Paper('GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond',
+              'Cao, Yue and Xu, Jiarui and Lin, Stephen and Wei, Fangyun and Hu, Han', 2019, '1904.11492'),
+        _reduced(GlobalContext, 16, fuse_add=True, fuse_scale=False),
+        Neutral(('mlp_add.fc2.weight', 'mlp_add.fc2.bias'), 1),
+    ),
+)}
