@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/.demo
 INSTALLED := $(VENV)/.installed
 
 ECOSYSTEM := .venv-ecosystem
 
 .PHONY: demo test lint types ecosystem compat conformance cards study study-smoke
 
-demo: $(INSTALLED)
+demo: $(DEMO)
 	$(BIN)/python tests/demo.py
 
 test: lint types
@@ -20,7 +21,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# The README's section 'Use it in', with the real libraries.
+# The snippets of tests/ecosystem/README.md, with the real libraries.
 ecosystem: $(ECOSYSTEM)/.installed
 	$(ECOSYSTEM)/bin/python -m pytest -n 2 tests/ecosystem
 
@@ -32,7 +33,7 @@ compat:
 conformance: $(INSTALLED)
 	$(BIN)/python tests/conformance.py -n 2
 
-# Writes weights_cards/ and the README's table of models from timm's registry.
+# Writes counts.csv, weights_cards/ and the README's table of models.
 cards: $(INSTALLED)
 	$(BIN)/python weights_cards/make_cards.py
 
@@ -41,7 +42,7 @@ cards: $(INSTALLED)
 # options of study.py.
 DEVICE ?= cpu
 JOBS ?= 2
-RUN_STUDY = $(BIN)/python weights_cards/study.py '$(DATA)' --scripts '$(TIMM_SCRIPTS)' --device $(DEVICE) --jobs $(JOBS)
+RUN_STUDY = $(BIN)/python weights_cards/studies/study.py '$(DATA)' --scripts '$(TIMM_SCRIPTS)' --device $(DEVICE) --jobs $(JOBS)
 
 study: $(INSTALLED)
 	$(RUN_STUDY) $(STUDY)
@@ -50,13 +51,19 @@ study-smoke: $(INSTALLED)
 	$(RUN_STUDY) --output output/study-smoke \
 		--images 100 --epochs 2 --seeds 2 --arms plain ela_b $(STUDY)
 
+# 5 GB with CUDA: minutes, most of them for PyTorch.
+$(DEMO): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[demo]'
+	touch $@
+
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,demo,study]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[test,demo,study]'
 	touch $@
 
 $(ECOSYSTEM)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(ECOSYSTEM)
-	$(ECOSYSTEM)/bin/python -m pip install --quiet --disable-pip-version-check \
+	$(ECOSYSTEM)/bin/python -m pip install --disable-pip-version-check \
 		--editable '.[ecosystem]' pytest pytest-xdist
 	touch $@

@@ -61,7 +61,7 @@ def write_run(tmp_path) -> Callable[..., Path]:
     def write(model: nn.Module, average: nn.Module | None = None, /, **changes) -> Path:
         folder = tmp_path / 'run'
         folder.mkdir()
-        args = yaml.safe_load(Path(__file__).with_name('train_args.yaml').read_text())
+        args = yaml.safe_load((Path(__file__).parent / 'hub' / 'train_args.yaml').read_text())
         args |= {'model': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes}
         args |= {'model_ema': average is not None, **changes}
         (folder / 'args.yaml').write_text(yaml.safe_dump(args, default_flow_style=False))

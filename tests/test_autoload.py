@@ -11,7 +11,13 @@ import pytest
 import timm
 from helpers import AUTOLOAD_OFF, ROOT, run, run_python
 
+from timm_ela.models.registry import MODELS
+
+NUMBER = sum('_ela_' in name for name in MODELS)
 COUNT = 'print(len(timm.list_models("*_ela_*")))'
+MODULES = [
+    '.'.join(file.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+    for file in sorted((ROOT / 'timm_ela').rglob('*.py')) if file.stem != '__main__']
 TIMM_ELA = Path(sysconfig.get_path('scripts')) / 'timm-ela'
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
 
@@ -24,7 +30,7 @@ def our_warnings(stderr: str) -> list[str]:
 
 
 def test_timm_knows_the_names_without_an_import_of_ours():
-    assert run_python(f'import timm; {COUNT}').stdout == '40\n'
+    assert run_python(f'import timm; {COUNT}').stdout == f'{NUMBER}\n'
 
 
 def test_pytorchs_switch_turns_the_hook_off():
@@ -35,22 +41,21 @@ def test_pytorchs_switch_turns_the_hook_off():
 @pytest.mark.parametrize('imports', [
     'import timm_ela, timm',
     'import timm, timm_ela',
-    'import timm_ela.attn_mobilenetv2, timm',
+    'import timm_ela.models.attn_efficientnet, timm',
     'from timm_ela import EfficientLocalAttention; import timm',
 ])
 def test_an_import_of_ours_registers_where_the_hook_is_off(imports):
     done = run_python(f'{imports}; {COUNT}', env=AUTOLOAD_OFF)
-    assert done.stdout == '40\n'
+    assert done.stdout == f'{NUMBER}\n'
     assert not done.stderr
 
 
 def test_any_module_of_ours_may_be_the_first_that_is_imported():
     code = f'''
         import importlib, os, sys, torch
-        modules = {[f.stem for f in sorted((ROOT / 'timm_ela').glob('*.py')) if not f.stem.startswith('__')]!r}
-        for name in modules:
+        for name in {MODULES!r}:
             if not os.fork():  # torch is loaded, timm is not
-                module = importlib.import_module('timm_ela.' + name)
+                module = importlib.import_module(name)
                 import timm
                 print(name, len(timm.list_models('*_ela_*')), module is sys.modules[module.__name__],
                       module.__spec__.origin == module.__file__, flush=True)
@@ -60,8 +65,8 @@ def test_any_module_of_ours_may_be_the_first_that_is_imported():
     done = run_python(textwrap.dedent(code))
     assert not our_warnings(done.stderr)
     lines = done.stdout.splitlines()
-    assert len(lines) > 15
-    assert [line for line in lines if not line.endswith(' 40 True True')] == []
+    assert len(lines) == len(MODULES) > 15
+    assert [line for line in lines if not line.endswith(f' {NUMBER} True True')] == []
 
 
 def test_registering_again_changes_nothing():
@@ -90,7 +95,7 @@ def test_timm_may_be_imported_by_threads():
         for thread in threads: thread.join()
     '''
     done = run_python(textwrap.dedent(code))
-    assert done.stdout.split() == ['40'] * 4
+    assert done.stdout.split() == [str(NUMBER)] * 4
     assert not done.stderr
 
 
@@ -106,7 +111,7 @@ def test_a_spawned_process_knows_the_names(tmp_path):
             process.join()
             assert process.exitcode == 0 and 'timm' not in sys.modules
     '''))
-    assert run([sys.executable, tmp_path / 'main.py']).stdout == '40\n'
+    assert run([sys.executable, tmp_path / 'main.py']).stdout == f'{NUMBER}\n'
 
 
 def test_a_pickled_model_needs_no_hook(tmp_path):
@@ -115,7 +120,7 @@ def test_a_pickled_model_needs_no_hook(tmp_path):
     code = 'import pickle, sys, timm; pickle.dump(timm.create_model("resnet18_ela_t"), open(sys.argv[1], "wb"))'
     run_python(code, path)
     code = f'import pickle, sys; model = pickle.load(open(sys.argv[1], "rb")); import timm; {COUNT}'
-    assert run_python(code, path, env=AUTOLOAD_OFF).stdout == '40\n'
+    assert run_python(code, path, env=AUTOLOAD_OFF).stdout == f'{NUMBER}\n'
 
 
 # -- What it costs -----------------------------------------------------------------------------------------------------
@@ -189,8 +194,8 @@ def test_where_registering_fails_timm_goes_on_with_one_warning_that_says_what_fa
     assert where in done.stdout
     warned = our_warnings(done.stderr)
     assert len(warned) == 1
-    assert 'timm_ela.attn_resnet is not registered: ImportError: cannot import name' in warned[0]
-    assert 'timm_ela.attn_mobilenetv2 is not registered: ImportError: cannot import name' in warned[0]
+    assert 'timm_ela.models.attn_resnet is not registered: ImportError: cannot import name' in warned[0]
+    assert 'timm_ela.models.attn_efficientnet is not registered: ImportError: cannot import name' in warned[0]
     assert 'This is timm 9.9; known to work: ' in warned[0]
     assert 'partially initialized module \'timm.layers\'' not in done.stderr  # too early: timm had not finished
 
@@ -200,7 +205,7 @@ def test_where_warnings_are_errors_timm_goes_on_all_the_same(tmp_path):
     code = 'import warnings, torch; warnings.simplefilter("error"); import timm; print(timm.__version__)'
     done = run_python(code, env={'PYTHONPATH': path})
     assert done.stdout == '9.9\n'
-    assert 'timm_ela.attn_resnet is not registered' in done.stderr
+    assert 'timm_ela.models.attn_resnet is not registered' in done.stderr
 
 
 def test_a_module_that_fails_does_not_take_the_other_with_it():
@@ -212,10 +217,10 @@ def test_a_module_that_fails_does_not_take_the_other_with_it():
     '''
     done = run_python(textwrap.dedent(code), env=AUTOLOAD_OFF)
     names = done.stdout.split()
-    assert len(names) == 20
+    assert len(names) == 20  # 5 ResNets in 4 sizes of ELA
     assert all(name.startswith('resnet') for name in names)
     assert len(our_warnings(done.stderr)) == 1
-    assert 'timm_ela.attn_mobilenetv2' in done.stderr
+    assert 'timm_ela.models.attn_efficientnet' in done.stderr
     assert 'resolve_bn_args' in done.stderr
 
 
@@ -232,7 +237,7 @@ def test_an_import_of_timm_that_failed_may_be_tried_again():
         {COUNT}
     '''
     done = run_python(textwrap.dedent(code))
-    assert done.stdout == 'failed\n40\n'
+    assert done.stdout == f'failed\n{NUMBER}\n'
     assert not our_warnings(done.stderr)
 
 
@@ -258,7 +263,7 @@ def test_run_is_python_with_the_models_registered(tmp_path, command):
     assert argv == [str(tmp_path / 'script.py'), *args]
     assert here  # a module beside the script, which python would find
     assert Path(cwd).samefile(sys.prefix)
-    assert count == 40
+    assert count == NUMBER
     assert not done.stderr
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,15 @@ def test_validate_repeats_the_metrics_of_training(trained, validated):
     assert result(validated)['top1'] == pytest.approx(row['eval_top1'], abs=1e-3)
     loss = float(re.search(r'Loss:\s+([\d.]+)', validated.stderr)[1])  # one batch holds all pictures
     assert loss == pytest.approx(row['eval_loss'], rel=1e-3)
+
+
+def test_the_command_in_a_card_repeats_the_metrics_of_training(pictures, trained, tmp_path):
+    run([sys.executable, '-m', 'timm_ela', 'export', trained, tmp_path / 'my-model'])
+    card = (tmp_path / 'my-model' / 'README.md').read_text(encoding='utf-8')
+    [command] = re.findall(r'^validate\.py (.*)$', card, re.MULTILINE)
+    own = {'DATA': pictures, 'hf-hub:OWNER/NAME': f'local-dir:{tmp_path / "my-model"}'}
+    done = script('validate.py', *(own.get(word, word) for word in shlex.split(command)), '--device', 'cpu')
+    assert result(done)['top1'] == pytest.approx(summary(trained)[0]['eval_top1'], abs=1e-3)
 
 
 def test_inference_names_the_same_classes(pictures, trained, validated, tmp_path):

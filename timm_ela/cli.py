@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--json', action='store_true', help='print JSON')
 
     sub = command(
-        _run, 'run', 'run a script with the models registered, for PyTorch without entry points (older than 2.5, or switched off)',
+        _run, 'run', 'run a script with the models registered, if PyTorch\'s autoload hook is switched off',
         'train.py --model resnet50_ela_b ...')
     sub.add_argument('script', help='Python script, such as timm\'s train.py')
     sub.add_argument('args', nargs=argparse.REMAINDER, help='its arguments')

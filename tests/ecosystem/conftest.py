@@ -1,4 +1,4 @@
-"""The README's section 'Use it in', block by block, in fresh interpreters that do not import timm_ela."""
+"""README.md of this folder, block by block, in fresh interpreters that do not import timm_ela."""
 import re
 import sys
 import textwrap
@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import ROOT, run
+from helpers import run
 from hub_server import Hub, Refusal, route
 from timm.models import save_for_hf
 from torch import nn
@@ -25,9 +25,9 @@ def no_such_model(request, **_):
 
 
 def readme_block(title: str) -> str:
-    """The Python block under this heading of the README's 'Use it in'."""
-    section = (ROOT / 'README.md').read_text().split('\n## Use it in\n')[1].split('\n## ')[0]
-    (code,) = re.findall(r'```python\n(.*?)```', section.split(f'\n### {title}\n')[1].split('\n### ')[0], re.DOTALL)
+    """The Python block under this heading of README.md."""
+    text = Path(__file__).with_name('README.md').read_text(encoding='utf-8')
+    (code,) = re.findall(r'```python\n(.*?)```', text.split(f'\n## {title}\n')[1].split('\n## ')[0], re.DOTALL)
     assert 'timm_ela' not in code
     return code
 

@@ -1,7 +1,6 @@
 """weights_cards/, the README's table of models and timm's registry say the same; `make cards` writes the first two."""
 import re
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,26 +8,16 @@ import timm
 from huggingface_hub import ModelCard
 from timm.models import get_arch_pretrained_cfgs
 
-from timm_ela import catalog
-from timm_ela.catalog import BACKBONES
-from timm_ela.layers import ATTN_LAYERS
+from timm_ela.hub.cards import INSTALL
+from timm_ela.models.registry import MODELS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / 'weights_cards'))
 import make_cards as cards  # noqa: E402  not of the package
 
-CARDS = {f'{backbone}.md': backbone for backbone in dict.fromkeys(BACKBONES.values())}
+BASES = {name: model.base for name, model in MODELS.items()}
+CARDS = {f'{base}.md': base for base in dict.fromkeys(BASES.values())}
 START, END = '<!-- models: make cards -->\n', '<!-- end of models -->'
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _counted_once():
-    """Cards and table are about the same 50 models."""
-    with pytest.MonkeyPatch.context() as patch:
-        count = cache(catalog.count)
-        for module in (cards, catalog):
-            patch.setattr(module, 'count', count)
-        yield
 
 
 def text(name: str) -> str:
@@ -56,15 +45,21 @@ def test_the_readmes_table_is_what_make_cards_writes():
     assert readme.split(START)[1].split(END)[0].strip() == cards.models_table()
 
 
-def test_registry_cards_and_readme_have_the_same_80_names():
-    names = {n for module in ('attn_resnet', 'attn_mobilenetv2') for n in timm.list_models(module=module)}
-    assert len(names) == 80 and names == set(BACKBONES)
+def test_registry_cards_and_readme_have_the_same_names():
+    names = {n for n in timm.list_models() if timm.models.model_entrypoint(n).__module__.startswith('timm_ela.')}
+    assert names == set(MODELS)
     in_cards = [row[0] for name in CARDS for row in table(text(name), 'model |')]
-    assert sorted(in_cards) == sorted(names | set(BACKBONES.values()))
+    assert sorted(in_cards) == sorted(names | set(BASES.values()))
     readme = (ROOT / 'README.md').read_text(encoding='utf-8').split(START)[1]
     layers = re.findall(r'`_(\w+)`', readme.splitlines()[0])
-    in_readme = {f'{prefix}_{layer}': base for prefix, base, *_ in table(readme, 'prefix |') for layer in layers}
-    assert in_readme == BACKBONES and layers == list(ATTN_LAYERS)
+    prefixes = re.findall(r'^\| \[`(\w+)`\]\(weights_cards/(\w+)\.md\)', readme, re.MULTILINE)
+    in_readme = {f'{prefix}_{layer}': base for prefix, base in prefixes for layer in layers}
+    assert in_readme == {name: base for name, base in BASES.items() if MODELS[name].layer.tag == 'ela'}
+
+
+def test_one_line_says_how_to_install():
+    url = re.search(r'^Repository = "(.*)"$', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)[1]
+    assert INSTALL == f'pip install git+{url}' and INSTALL in (ROOT / 'README.md').read_text(encoding='utf-8')
 
 
 @pytest.mark.parametrize('name', CARDS)
@@ -73,7 +68,7 @@ def test_a_cards_tags_are_those_that_timm_serves_for_the_plain_model(name):
     rows = table(text(name), 'tag |')
     assert [row[:2] for row in rows] == [[f'graft_{cfg.tag}', cfg.hf_hub_id] for cfg in plain]
     assert [row[2] for row in rows] == [cfg.license or 'not stated' for cfg in plain]
-    assert f'Default: `graft_{timm.get_pretrained_cfg(CARDS[name]).tag}`' in text(name)
+    assert f'The default is `graft_{timm.get_pretrained_cfg(CARDS[name]).tag}`' in text(name)
 
 
 @pytest.mark.parametrize('name', CARDS)
@@ -95,7 +90,7 @@ def test_the_code_of_a_card_names_a_model_of_its_backbone_and_a_tag_that_there_i
         compile(block, name, 'exec')
     for model in re.findall(r"create_model\('([^']+)'", ''.join(blocks)):
         arch = model.partition('.')[0]
-        assert BACKBONES[arch] == CARDS[name] and model in get_arch_pretrained_cfgs(arch)
+        assert BASES[arch] == CARDS[name] and model in get_arch_pretrained_cfgs(arch)
 
 
 def test_make_cards_writes_the_cards_and_the_readmes_table_and_nothing_else(tmp_path):

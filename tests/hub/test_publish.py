@@ -17,9 +17,10 @@ from timm.data import resolve_model_data_config
 from timm.models import load_checkpoint
 from torch import nn
 
-from timm_ela import publish
-from timm_ela.cards import run_card
-from timm_ela.publish import convert_checkpoint, export_run
+from timm_ela.hub import publish, push
+from timm_ela.hub.cards import run_card
+from timm_ela.hub.publish import convert_checkpoint, export_run
+from timm_ela.hub.train_run import TrainRun
 
 MODEL, PLAIN = 'mobilenetv2_050_ela_t', 'mobilenetv2_050'  # the smallest
 FILES = {'model.safetensors', 'config.json', 'README.md'}
@@ -179,8 +180,8 @@ def test_the_recipe_is_what_train_py_would_read_as_this_run(monkeypatch, args):
     monkeypatch.setattr(sys, 'argv', ['train.py'])
     parser = pytest.importorskip('train').parser
     run = TRAIN_ARGS | args
-    text = run_card(timm.create_model(MODEL), run, TRAINED, dataset='', epoch=1, averaged=False, base_model=None)
-    command = text.split('```bash\n')[1].split('```')[0].replace('\\\n', '')
+    text = run_card(timm.create_model(MODEL), TrainRun(run, {}, False, 1, TRAINED, []), None)
+    command = text.split('## Recipe')[1].split('```bash\n')[1].split('```')[0].replace('\\\n', '')
     read = vars(parser.parse_args(shlex.split(command)[1:]))
     elsewhere = {'data_dir'}
     assert {k for k in read if k not in elsewhere and read[k] != run[k]} == set()
@@ -188,7 +189,7 @@ def test_the_recipe_is_what_train_py_would_read_as_this_run(monkeypatch, args):
 
 def test_the_card_names_the_paper_of_the_models_own_attention(exported):
     folder = exported('mobilenetv2_050_ca', pretrained=False)
-    assert '2103.02907' in card(folder).text and 'timm-ela' in card(folder).text
+    assert '2103.02907' in card(folder).text and 'timm_ela' in card(folder).text
     assert '2403.01123' not in card(folder).text and 'ela' not in card(folder).data.tags
 
 
@@ -196,7 +197,7 @@ def test_a_model_of_timms_own_is_exported_and_called_so(exported, caplog):
     folder = exported(PLAIN)
     assert f'{PLAIN} is a model of timm, not one of timm_ela' in caplog.text
     assert load(folder).num_classes == 7
-    assert 'ELA' not in card(folder).text and 'timm-ela' not in card(folder).text
+    assert 'ELA' not in card(folder).text and 'git+' not in card(folder).text
     assert 'ela' not in card(folder).data.tags
 
 
@@ -245,9 +246,9 @@ def test_a_pushed_card_names_its_repository(exported, monkeypatch):
             return Namespace(commit_url='url')
 
     pushed, folder = {}, exported()
-    monkeypatch.setattr(publish, 'HfApi', Hub)
-    monkeypatch.setattr(publish, 'get_token', lambda: 'hf_x')
-    assert publish.push_folder(folder, 'me/flowers') == 'url'
+    monkeypatch.setattr(push, 'HfApi', Hub)
+    monkeypatch.setattr(push, 'get_token', lambda: 'hf_x')
+    assert push.push_folder(folder, 'me/flowers') == 'url'
     own = (folder / 'README.md').read_bytes()
     assert pushed.pop('README.md') == own.replace(b'hf-hub:OWNER/NAME', b'hf-hub:me/flowers') != own
     assert pushed == {name: (folder / name).read_bytes() for name in ('model.safetensors', 'config.json')}
@@ -285,8 +286,7 @@ def fail(error: BaseException, *_, **__):
 
 
 @pytest.mark.parametrize('step, error, before', [
-    ('read_args', OSError(), {'config.json': 'old'}),
-    ('read_checkpoint', OSError(), {'config.json': 'old'}),
+    ('TrainRun.read', OSError(), {'config.json': 'old'}),
     ('run_card', OSError(), {'config.json': 'old'}),
     ('save_for_hf', OSError('no space left'), {'config.json': 'old'}),
     ('save_for_hf', OSError('no space left'), {}),
@@ -300,7 +300,7 @@ def test_whatever_fails_the_folder_stays_as_it_was(new_model, write_run, tmp_pat
     for name, text in (before or {}).items():
         (out / name).write_text(text)
     files = sorted(tmp_path.rglob('*'))
-    monkeypatch.setattr(publish, step, partial(fail, error))
+    monkeypatch.setattr(f'timm_ela.hub.publish.{step}', partial(fail, error))
     with pytest.raises(type(error)):
         export_run(run, out, force=True)
     assert sorted(tmp_path.rglob('*')) == files
