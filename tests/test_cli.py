@@ -156,7 +156,8 @@ def without(state_dict: dict, *parts: str) -> dict:
 
 
 @pytest.mark.parametrize('name, change, model, told', [
-    (MODEL, lambda d: without(d, '1.0.se.conv'), MODEL, "lacks 1 of 48 attention weights, first 'blocks.1.0.se.conv.weight'"),
+    (MODEL, lambda d: without(d, '1.0.se.conv'), MODEL,
+     "lacks 1 of 48 attention weights, first 'blocks.1.0.se.conv.weight'"),
     (MODEL, lambda d: d, MODEL, "is a checkpoint of mobilenetv2_050_ela_t already"),
     ('mobilenetv2_100', lambda d: d, MODEL, 'must be one of the plain model'),
     (PLAIN, lambda d: without(d, 'conv_head'), MODEL, "lacks 1 weights, first 'conv_head.weight'"),

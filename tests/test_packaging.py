@@ -92,7 +92,8 @@ def test_metadata_readme_and_error_name_the_versions_that_make_compat_tests():
     bounds = dict(re.findall(r'^([\w-]+)>=([\d.]+)$', '\n'.join(requires('timm-ela')), re.MULTILINE))
     assert {name: bounds[name].split('.') for name in pins} == {
         name: version.split('.')[:len(bounds[name].split('.'))] for name, version in pins.items()}
-    rows = re.findall(r'^\| (?:lowest|highest) \| (.*) \|$', (ROOT / 'tests' / 'ecosystem' / 'README.md').read_text(), re.MULTILINE)
+    table = (ROOT / 'tests' / 'ecosystem' / 'README.md').read_text()
+    rows = re.findall(r'^\| (?:lowest|highest) \| (.*) \|$', table, re.MULTILINE)
     assert rows[0].split(' | ') == [python, *pins.values()]
     assert rows[1].split(' | ')[0] == VERSIONS['highest'][0]
     timm_column = [row.split(' | ')[2] for row in rows]

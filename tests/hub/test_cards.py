@@ -59,7 +59,8 @@ def test_registry_cards_and_readme_have_the_same_names():
 
 def test_one_line_says_how_to_install():
     url = re.search(r'^Repository = "(.*)"$', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)[1]
-    assert INSTALL == f'pip install git+{url}' and INSTALL in (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert f'pip install git+{url}' == INSTALL
+    assert INSTALL in (ROOT / 'README.md').read_text(encoding='utf-8')
 
 
 @pytest.mark.parametrize('name', CARDS)

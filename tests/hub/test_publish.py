@@ -17,7 +17,7 @@ from timm.data import resolve_model_data_config
 from timm.models import load_checkpoint
 from torch import nn
 
-from timm_ela.hub import publish, push
+from timm_ela.hub import push
 from timm_ela.hub.cards import run_card
 from timm_ela.hub.publish import convert_checkpoint, export_run
 from timm_ela.hub.train_run import TrainRun

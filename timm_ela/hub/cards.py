@@ -98,7 +98,8 @@ def _validate_command(run: TrainRun) -> str:
             words.append(f'--{key.replace("_", "-")} {shlex.quote(str(run.args[key]))}')
     if run.args.get('amp'):
         words.append('--amp')
-    return ' '.join([*words, f'--split {run.args.get("val_split") or "validation"}', f'--model {PLACEHOLDER} --pretrained'])
+    split = run.args.get('val_split') or 'validation'
+    return ' '.join([*words, f'--split {split}', f'--model {PLACEHOLDER}', '--pretrained'])
 
 
 def run_card(model: nn.Module, run: TrainRun, base_model: str | None) -> str:
