@@ -112,7 +112,7 @@ def check(exported: Path, checkpoint: Path | None) -> None:
 
 def main() -> None:
     """Classifies with ImageNet weights; then trains, validates, exports, loads back and draws."""
-    print('This takes about 3 minutes on 2 cores, and 350 MB in demo/. It clones timm\'s scripts if TIMM_SCRIPTS is unset.')
+    print('This takes about 3 minutes on 2 cores, and 350 MB in demo/. timm\'s scripts are cloned, or in TIMM_SCRIPTS.')
     classify_photographs()
     data, run_dir, exported = ROOT / 'digits', ROOT / 'runs' / 'digits', ROOT / f'{MODEL}.digits'
     write_digits(data)
@@ -122,8 +122,8 @@ def main() -> None:
                   '--device', 'cpu', '--workers', '1')
         shutil.rmtree(run_dir, ignore_errors=True)  # train.py would number a second folder of the same name
         run(sys.executable, scripts / 'train.py', *common, '--epochs', '5', '--batch-size', '64', '--opt', 'adamw',
-            '--lr', '2e-3', '--warmup-epochs', '1', '--no-aug', '--checkpoint-hist', '1', '--log-interval', '100', '--output', run_dir.parent,
-            '--experiment', run_dir.name)
+            '--lr', '2e-3', '--warmup-epochs', '1', '--no-aug', '--checkpoint-hist', '1', '--log-interval', '100',
+            '--output', run_dir.parent, '--experiment', run_dir.name)
         checkpoint = run_dir / 'model_best.pth.tar'
         run(TIMM_ELA, 'export', run_dir, exported, '--tag', 'digits', '--license', 'apache-2.0', '--force')
         run(sys.executable, scripts / 'validate.py', '--data-dir', data, '--model', f'local-dir:{exported}', '--device',
