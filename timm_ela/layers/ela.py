@@ -121,12 +121,13 @@ class EfficientLocalAttention(nn.Module):
 
     @torch.jit.ignore
     def _logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_input(x, self.conv.weight, self.gn.weight, self.gn.bias)
+        if self._parts_are_unmodified():  # a wrapped part may have no weight
+            check_input(x, self.conv.weight, self.gn.weight, self.gn.bias)
         return self.gn(self.conv(x.mean(3))), self.gn(self.conv(x.mean(2)))
 
     @torch.jit.ignore
     def _parts_are_unmodified(self) -> bool:
-        """True if conv and gn are PyTorch's own: no hooks, no pruning (which is a hook), no wrappers."""
+        """True if conv and gn are unmodified: no hooks, no pruning (which is a hook), no wrappers."""
         return all(
             type(m).forward is made.forward
             and not (m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks)
