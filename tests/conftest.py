@@ -9,8 +9,6 @@ import yaml
 from timm.utils import CheckpointSaver, ModelEmaV3, update_summary
 from torch import nn
 
-from timm_ela import EfficientLocalAttention
-
 
 @pytest.fixture(scope='session', autouse=True)
 def _one_thread():
@@ -24,9 +22,9 @@ def _seeded():
 
 @pytest.fixture
 def randomize():
-    """Moves batch norms and ELA gates away from their initial values, where mistakes cannot be seen.
+    """Moves norms, and whatever else starts at zero, away from initial values, where mistakes cannot be seen.
 
-    A fresh ResNet's last batch norm of each block is zero, and it hides all that comes before it; running statistics
+    A fresh ResNet's last batch norm of each block is zero, and hides all that comes before it; running statistics
     that are not those of the activations let a deep network's signal die out, so they are taken from one batch.
     """
     def randomize(model: nn.Module) -> nn.Module:
@@ -36,15 +34,18 @@ def randomize():
                 m.weight.uniform_(0.5, 1.5)
                 m.bias.normal_(0, 0.3)
             for m in model.modules():
-                if isinstance(m, EfficientLocalAttention):
-                    m.gn.weight.normal_()
-                    m.gn.bias.normal_()
-            if norms:
-                momentum = norms[0].momentum
+                if isinstance(m, nn.GroupNorm):
+                    m.weight.normal_()
+                    m.bias.normal_()
+            for p in model.parameters():
+                if not p.any():
+                    p.normal_(0, 0.3)
+            if norms and hasattr(model, 'in_chans'):
+                momenta = [m.momentum for m in norms]
                 for m in norms:
                     m.momentum = 1
                 model.train()(torch.randn(4, model.in_chans, 64, 48))
-                for m in norms:
+                for m, momentum in zip(norms, momenta, strict=True):
                     m.momentum = momentum
         return model.train(training)
 

@@ -1,9 +1,13 @@
-"""Commands in processes of their own: what is imported first, and in which environment, is what these tests test."""
+"""Commands in processes of their own, and the slots of timm's blocks."""
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from timm.models._efficientnet_blocks import InvertedResidual
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import nn
 
 ROOT = Path(__file__).parents[1]
 AUTOLOAD_OFF = {'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'}  # PyTorch's own switch
@@ -46,3 +50,14 @@ def run(
 def run_python(code: str, *args: object, **kwargs) -> subprocess.CompletedProcess:
     """Runs code in a fresh interpreter, with sys.argv[1:] == args; other arguments as in `run`."""
     return run([sys.executable, '-c', code, *args], **kwargs)
+
+
+def slot_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model, plain or ours, that have the slot: DepthwiseSeparableConv is another class."""
+    return [m for m in model.modules() if isinstance(m, BasicBlock | Bottleneck | InvertedResidual)]
+
+
+def slot_width(block: nn.Module, slot: str = 'inner') -> int:
+    """Channels of a block's slot."""
+    last = next(getattr(block, name) for name in ('conv_pwl', 'conv3', 'conv2') if hasattr(block, name))
+    return last.out_channels if slot == 'output' or isinstance(block, BasicBlock) else last.in_channels

@@ -1,81 +1,22 @@
-"""Coordinate Attention, ECA, SE and CBAM beside ELA: the papers' formulas, both slots, what timm's models can do."""
+"""ELA and the layers that it is compared with compute their papers' formulas, forward and every gradient."""
+import copy
 import math
-import sys
+import re
+from functools import partial
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models import get_pretrained_cfg
-from timm.models._efficientnet_blocks import InvertedResidual
-from timm.models._efficientnet_builder import decode_arch_def
-from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
-from timm_ela.layers import create_attn_layer
-from timm_ela.registry import MODELS
-
-LAYERS = ('ela_t', 'ela_b', 'ela_s', 'ela_l', 'ca', 'eca', 'se', 'cbam')
-RIVALS = LAYERS[4:]
-SLOTS = ('inner', 'output')
-# Parameters with 1000 classes in the default slot: of the plain model, then what each of LAYERS adds.
-PARAMETERS = {
-    'resnet18': (11_689_512, 13_440, 17_280, 80_640, 111_360, 74_736, 36, 89_080, 87_840),
-    'resnet34': (21_797_672, 26_432, 33_984, 158_592, 219_008, 135_496, 74, 161_196, 158_784),
-    'resnet50': (25_557_032, 26_432, 33_984, 158_592, 219_008, 135_496, 74, 161_196, 158_784),
-    'resnet101': (44_549_160, 56_896, 73_152, 341_376, 471_424, 249_056, 159, 305_084, 299_748),
-    'resnet152': (60_192_808, 83_776, 107_712, 502_656, 694_144, 349_304, 244, 423_852, 416_136),
-    'mobilenetv2': (3_504_872, 49_728, 63_936, 298_368, 412_032, 445_776, 78, 571_452, 565_504),
-    'mobilenetv2_050': (1_968_680, 25_200, 32_400, 151_200, 208_800, 126_888, 68, 145_809, 143_584),
-    'mobilenetv2_110d': (4_516_520, 71_232, 91_584, 427_392, 590_208, 697_155, 103, 907_068, 898_356),
-    'mobilenetv2_120d': (5_831_144, 97_440, 125_280, 584_640, 807_360, 1_038_621, 125, 1_351_686, 1_339_396),
-    'mobilenetv2_140': (6_108_776, 69_888, 89_856, 419_328, 579_072, 849_924, 80, 1_119_984, 1_110_976),
-}
-# The module after which the layer is.
-AFTER = {
-    BasicBlock: {'inner': 'bn2', 'output': 'bn2'},
-    Bottleneck: {'inner': 'act2', 'output': 'bn3'},
-    InvertedResidual: {'inner': 'bn2', 'output': 'bn3'},  # timm's batch norms hold the activation
-}
-
-
-def plain_name(backbone: str) -> str:
-    return 'mobilenetv2_100' if backbone == 'mobilenetv2' else backbone
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, tuple(AFTER))]
-
-
-def widths(block: nn.Module) -> dict[str, int]:
-    """Channels of each slot."""
-    last = next(getattr(block, k) for k in ('conv_pwl', 'conv3', 'conv2') if hasattr(block, k))
-    inner = last.out_channels if isinstance(block, BasicBlock) else last.in_channels
-    return {'inner': inner, 'output': last.out_channels}
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d | nn.GroupNorm):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, 0, 0.2)
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.normal_(m.running_mean, 0, 0.2)
-            nn.init.uniform_(m.running_var, 0.5, 1.5)
-    return model
-
-
-def small(name: str, **kwargs) -> nn.Module:
-    """A ResNet of four narrow blocks, or a MobileNetV2 of three blocks, with random batch norm statistics."""
-    rows = decode_arch_def([['ds_r1_k3_s1_c16'], ['ir_r2_k3_s2_e6_c24']])
-    few = dict(layers=(1, 1, 1, 1), channels=(32, 32, 64, 64)) if name.startswith('resnet') else dict(block_args=rows)
-    return randomise(timm.create_model(name, num_classes=7, **few, **kwargs))
-
+from timm_ela import ATTN_LAYERS
 
 # The papers' formulas. x (N, C, H, W); p: the layer's parameters and buffers, by their names in timm.
 
 
-def ela(x, p, training, groups):
+def ela(x, p, training, groups=16):
+    groups = math.gcd(groups, x.shape[1])
+
     def gate(z):  # (N, C, L): one convolution and one group norm for both strips
         n, c, length = z.shape
         width, kernel = p['conv.weight'].shape[1:]
@@ -130,169 +71,170 @@ def cbam(x, p, training):
     return x * torch.sigmoid(m).reshape(len(x), 1, *x.shape[2:])
 
 
-def formula(name: str, layer: nn.Module, x: torch.Tensor, p: dict[str, torch.Tensor]) -> torch.Tensor:
-    if name.startswith('ela'):
-        return ela(x, p, layer.training, groups=math.gcd(32 if name == 'ela_t' else 16, x.shape[1]))
-    return {'ca': ca, 'eca': eca, 'se': se, 'cbam': cbam}[name](x, p, layer.training)
+def gc(x, p, training):
+    n, c, height, width = x.shape
+    z = x.flatten(2)  # (N, C, HW)
+    weights = (linear(z, p, 'conv_attn')).softmax(2)  # (N, 1, HW)
+    context = linear((z * weights).sum(2, keepdim=True), p, 'mlp_add.fc1')  # (N, C / 16, 1)
+    context = (context - context.mean(1, keepdim=True)) / (context.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    context = context * p['mlp_add.norm.weight'][:, None] + p['mlp_add.norm.bias'][:, None]
+    return x + linear(context.clamp(min=0), p, 'mlp_add.fc2')[:, :, :, None]
 
 
-def added(name: str, c: int) -> int:
-    """Parameters of one layer on c channels."""
+FORMULAS = {
+    'ela_t': partial(ela, groups=32), 'ela_b': ela, 'ela_s': ela, 'ela_l': ela,
+    'ca': ca, 'eca': eca, 'se': se, 'cbam': cbam, 'gc': gc,
+}
+
+
+def parameters(name: str, c: int) -> int:
+    """Parameters of a layer on c channels, from the papers."""
     if name.startswith('ela'):
         kernel, group = {'t': (5, 1), 'b': (7, 1), 's': (5, 8), 'l': (7, 8)}[name[-1]]
         return c * group * kernel + 2 * c
     if name == 'eca':  # the odd number nearest to log2(C) / 2 + 1 / 2; of two, the greater, as in the authors' code
         return min(range(3, 11, 2), key=lambda k: (abs(k - (math.log2(c) + 1) / 2), -k))
     r = max(8, c // 32) if name == 'ca' else c // 16
-    return {'ca': c * r + r + 2 * r + 2 * (r * c + c), 'se': 2 * c * r + r + c, 'cbam': 2 * c * r + 2 * 7 * 7 + 2}[name]
+    return {
+        'ca': c * r + r + 2 * r + 2 * (r * c + c),
+        'se': 2 * c * r + r + c,
+        'cbam': 2 * c * r + 2 * 7 * 7 + 2,
+        'gc': c + 1 + 2 * c * r + r + c + 2 * r,
+    }[name]
+
+
+# A bias before a batch norm (in training) or a softmax changes nothing.
+WITHOUT_GRADIENT = {('ca', 'conv1.bias'), ('gc', 'conv_attn.bias')}
+
+
+def test_each_layer_has_its_formula():
+    assert FORMULAS.keys() == ATTN_LAYERS.keys()
+
+
+@pytest.fixture
+def make(randomize):
+    def make(name, channels=48, **kwargs):
+        return randomize(ATTN_LAYERS[name].create(channels, act_layer=nn.ReLU6, **kwargs))
+
+    return make
 
 
 @pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('size', [(5, 9), (1, 7), (6, 2)])
-@pytest.mark.parametrize('name', LAYERS)
-def test_forward_and_gradients_are_the_papers(name, size, training):
-    layer = randomise(create_attn_layer(name, 48, act_layer=nn.ReLU6, dtype=torch.float64)).train(training)
+@pytest.mark.parametrize('size', [(5, 9), (1, 7), (6, 2)], ids=str)
+@pytest.mark.parametrize('name', FORMULAS)
+def test_forward_and_gradients_are_the_papers(make, name, size, training):
+    layer = make(name, dtype=torch.float64).train(training)
     p = {k: v.clone() for k, v in layer.state_dict().items()}
-    p.update({k: v.detach().clone().requires_grad_() for k, v in layer.named_parameters()})
-    x = torch.randn(3, 48, *size, dtype=torch.float64, requires_grad=True)
-    x2 = x.detach().clone().requires_grad_()
-    y, want = layer(x), formula(name, layer, x2, p)
-    torch.testing.assert_close(y, want, rtol=0, atol=1e-12)
-    upstream = torch.randn_like(y)
-    y.backward(upstream)
-    want.backward(upstream)
-    torch.testing.assert_close(x.grad, x2.grad, rtol=0, atol=1e-11)
-    for k, v in layer.named_parameters():
-        assert v.grad.abs().sum() > 0, k
-        torch.testing.assert_close(v.grad, p[k].grad, rtol=0, atol=1e-11)
+    p |= {k: v.detach().clone().requires_grad_() for k, v in layer.named_parameters()}
+    x, upstream = torch.randn(2, 3, 48, *size, dtype=torch.float64)
+    x.requires_grad_()
+    y, want = layer(x), FORMULAS[name](x, p, training)
+    torch.testing.assert_close(y, want, rtol=0, atol=1e-11)
+    names = [k for k, _ in layer.named_parameters()]
+    got = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
+    expected = torch.autograd.grad(want, [x, *(p[k] for k in names)], upstream)
+    for k, a, b in zip(['x', *names], got, expected, strict=True):
+        if (name, k) not in WITHOUT_GRADIENT:
+            assert b.abs().max() > 1e-4, k  # a gradient that vanishes would equal any other that does
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=lambda m, k=k: f'{k}: {m}')
 
 
-def test_all_names_are_registered_in_modules_of_their_own():
-    names = {f'{backbone}_{layer}': (plain_name(backbone), layer) for backbone in PARAMETERS for layer in LAYERS}
-    assert names == MODELS and len(names) == 80
-    assert set(names) == set(timm.list_models(module='attn_resnet') + timm.list_models(module='attn_mobilenetv2'))
-    for name, entrypoint in ((name, timm.model_entrypoint(name)) for name in names):
-        assert entrypoint is getattr(sys.modules[entrypoint.__module__], name) and entrypoint.__name__ == name
+@pytest.mark.parametrize('name', FORMULAS)
+def test_both_memory_formats_give_the_same_and_keep_theirs(make, name):
+    layer, x = make(name).eval(), torch.randn(2, 48, 6, 11)
+    y, last = layer(x), layer(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, y)
+    assert y.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize('backbone', PARAMETERS)
-def test_parameters_and_places(backbone):
-    plain, *adds = PARAMETERS[backbone]
-    base = timm.create_model(plain_name(backbone), device='meta')
-    assert sum(p.numel() for p in base.parameters()) == plain
-    slots = [widths(block) for block in blocks(base)]
-    deep = {'resnet18': 8, 'resnet101': 33, 'resnet152': 50, 'mobilenetv2_110d': 21, 'mobilenetv2_120d': 25}
-    assert len(slots) == deep.get(backbone, 16)
-    for name, expected in zip(LAYERS, adds, strict=True):
-        for slot in SLOTS if backbone in ('resnet50', 'mobilenetv2') else SLOTS[:1]:
-            model = timm.create_model(f'{backbone}_{name}', attn_slot=slot, device='meta')
-            total = sum(added(name, w[slot]) for w in slots)
-            assert sum(p.numel() for p in model.parameters()) == plain + total
-            assert total == expected or slot == 'output'
-            kind = type(create_attn_layer(name, 16, device='meta'))
-            assert [type(b.se) for b in blocks(model)] == [kind] * len(slots)
-            assert [k for k in model.state_dict() if '.se.' not in k] == list(base.state_dict())
+@pytest.mark.parametrize('name', FORMULAS)
+def test_under_autocast_the_output_is_near_the_formula_in_float64(make, name):
+    layer, x = make(name).eval(), torch.randn(2, 48, 6, 11)
+    p = {k: v.double() for k, v in layer.state_dict().items()}
+    with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
+        y = layer(x)
+    torch.testing.assert_close(y.double(), FORMULAS[name](x.double(), p, False), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize('channels', [48, 64, 96, 144, 960])
+@pytest.mark.parametrize('name', FORMULAS)
+def test_parameters_are_counted_by_hand(name, channels):
+    layer = ATTN_LAYERS[name].create(channels, device='meta', dtype=torch.bfloat16)
+    assert sum(p.numel() for p in layer.parameters()) == parameters(name, channels)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {('meta', torch.bfloat16)}
+
+
+@pytest.mark.parametrize('name', [name for name, layer in ATTN_LAYERS.items() if layer.neutral])
 @pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('slot', SLOTS)
-@pytest.mark.parametrize('name', ['ela_s', *RIVALS])
-@pytest.mark.parametrize('backbone', ['resnet18', 'resnet50', 'mobilenetv2'])
-def test_a_model_has_the_papers_layer_in_its_slot(backbone, name, slot, training):
-    model = small(f'{backbone}_{name}', attn_slot=slot).double().train(training)
-    seen = []
-    for block in blocks(model):
-        after = block.get_submodule(next(v[slot] for cls, v in AFTER.items() if isinstance(block, cls)))
-        after.register_forward_hook(lambda _, args, y: seen.append(y.clone()))
-        block.se.register_forward_hook(lambda layer, args, y: seen.append((layer, args[0].clone(), y.clone())))
+def test_at_its_neutral_point_a_layer_divides_by_its_factor_and_gradients_leave_it(make, name, training):
+    layer, neutral, x = make(name).train(training), ATTN_LAYERS[name].neutral, torch.randn(3, 48, 6, 11)
     with torch.no_grad():
-        model(torch.randn(2, 3, 65, 47, dtype=torch.float64))
-        assert len(seen) == 2 * len(blocks(model))
-        for out, (layer, x, y) in zip(seen[::2], seen[1::2], strict=True):
-            assert torch.equal(out, x)
-            torch.testing.assert_close(y, formula(name, layer, x, layer.state_dict()), rtol=0, atol=1e-12)
-
-
-def test_resnet50_se_in_the_output_slot_is_timms_seresnet50():
-    theirs = randomise(timm.create_model('seresnet50')).eval()
-    ours = timm.create_model('resnet50_se', attn_slot='output').eval()
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 3, 65, 47)
-    assert torch.equal(ours(x), theirs(x))
-
-
-@pytest.mark.parametrize('slot', SLOTS)
-@pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'mobilenetv2_050'])
-def test_a_graft_is_exact_in_either_slot(name, slot):
-    plain = randomise(timm.create_model(name, num_classes=1000))
-    overlay = {'state_dict': plain.state_dict()}
-    model = timm.create_model(f'{name}_ela_s', pretrained=True, pretrained_cfg_overlay=overlay, attn_slot=slot)
-    x = torch.randn(2, 3, 65, 47)
+        for k in neutral.zeroed:
+            layer.get_parameter(k).zero_()
+    y = layer(x)
+    assert torch.equal(y * neutral.factor, x) and math.log2(neutral.factor).is_integer()
+    (y * torch.randn_like(y)).sum().backward()
+    moved = [k for k in neutral.zeroed if layer.get_parameter(k).grad.any()]
+    assert moved
     with torch.no_grad():
-        for training in (True, False):
-            assert torch.equal(model.train(training)(x), plain.train(training)(x))
-        taken = dict(pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
-        maps = timm.create_model(name, **taken).eval()(x)
-        for kwargs in ({}, {'feature_cls': 'fx'}):
-            ours = timm.create_model(f'{name}_ela_s', attn_slot=slot, **kwargs, **taken).eval()(x)
-            assert all(torch.equal(a, b) for a, b in zip(ours, maps, strict=True))
+        for p in layer.parameters():
+            p -= p.grad if p.grad is not None else 0
+    assert not torch.equal(layer(x) * neutral.factor, x)
 
 
-@pytest.mark.parametrize('name', ['resnet18_ca', 'resnet50_se', 'mobilenetv2_050_cbam'])
-def test_only_ela_is_grafted(name):
-    plain = timm.create_model(plain_name(name.rpartition('_')[0])).state_dict()
-    for kwargs in ({}, {'num_classes': 7}, {'features_only': True}):
-        with pytest.raises(RuntimeError, match=rf'{name} lacks \d+ of \d+ attention weights, first .* all of them\.$'):
-            timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'state_dict': plain}, **kwargs)
+def test_a_layer_without_a_neutral_point_says_why_in_one_line():
+    for layer in ATTN_LAYERS.values():
+        assert bool(layer.neutral) != bool(layer.no_weights) and '\n' not in layer.no_weights
 
 
-@pytest.mark.parametrize('name', [f'{backbone}_{layer}' for backbone in PARAMETERS for layer in RIVALS])
-def test_without_pretrained_weights_the_settings_are_the_plain_models(name):
-    cfg, plain = get_pretrained_cfg(name), get_pretrained_cfg(plain_name(name.rpartition('_')[0]))
-    for key in ('mean', 'std', 'input_size', 'test_input_size', 'crop_pct', 'first_conv', 'classifier'):
-        assert getattr(cfg, key) == getattr(plain, key), key
-    assert not cfg.has_weights and cfg.tag is None and cfg.license is None and cfg.architecture == name
-    assert name not in timm.list_models(pretrained=True)
-    with pytest.raises(RuntimeError, match=f'No pretrained weights exist for {name}'):
-        timm.create_model(name, pretrained=True, device='meta')
+@pytest.mark.parametrize('name', FORMULAS)
+def test_a_paper_is_cited_in_full(name):
+    layer = ATTN_LAYERS[name]
+    assert layer.suffix == name and layer.tag == name.partition('_')[0] and layer.title
+    assert re.fullmatch(r'https://arxiv\.org/abs/\d{4}\.\d{4,5}', layer.paper.url)
+    fields = dict(re.findall(r'^  (\w+) += \{(.+)\},?$', layer.paper.bibtex, re.MULTILINE))
+    assert fields.keys() == {'title', 'author', 'journal', 'year'} and layer.paper.arxiv in fields['journal']
+    assert layer.paper.bibtex.startswith('@article{') and layer.paper.bibtex.count('{') == layer.paper.bibtex.count('}')
 
 
-def test_an_unknown_slot_is_refused():
-    for name in ('resnet18_se', 'mobilenetv2_ela_b'):
-        with pytest.raises(ValueError, match="'middle': it is one of 'inner', 'output'"):
-            timm.create_model(name, attn_slot='middle')
+def test_no_two_papers_have_the_same_key():
+    papers = {layer.paper for layer in ATTN_LAYERS.values()}
+    assert len({paper.bibtex.partition(',')[0] for paper in papers}) == len(papers)
 
 
-@pytest.mark.parametrize('name', ['resnet50_ela_b', 'mobilenetv2_050_ca'])
-def test_a_saved_model_keeps_its_slot(tmp_path, name):
-    model = randomise(timm.create_model(name, attn_slot='output', num_classes=7))
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    again, x = timm.create_model(f'local-dir:{tmp_path}', pretrained=True), torch.randn(2, 3, 65, 47)
-    assert torch.equal(again.train()(x), model.train()(x))
+def exported(layer, x):
+    sizes = {0: torch.export.Dim('n'), 2: torch.export.Dim('h', min=2), 3: torch.export.Dim('w', min=2)}
+    return torch.export.export(layer, (x,), dynamic_shapes=(sizes,)).module()
 
 
-# All of timm's layers here compile, export and script: there is no row of exceptions.
+WAYS = {
+    'compiled': lambda layer, x: torch.compile(layer, backend='eager', fullgraph=True),
+    'exported': exported,
+    'scripted': lambda layer, x: torch.jit.script(layer),
+    'symbolically_traced': lambda layer, x: torch.fx.symbolic_trace(layer),
+    'copied': lambda layer, x: copy.deepcopy(layer),
+}
+
+
 @pytest.mark.filterwarnings('ignore:.torch.jit:DeprecationWarning', 'ignore:.torch.jit:FutureWarning')
-@pytest.mark.parametrize('layer', RIVALS)
-@pytest.mark.parametrize(('backbone', 'slot'), [('resnet50', 'inner'), ('mobilenetv2', 'output')])
-def test_compiles_exports_and_scripts(backbone, layer, slot):
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('name', [name for name in FORMULAS if not name.startswith('ela')])  # ELA's: test_ela.py
+def test_transformed_layers_compute_the_same_at_other_sizes_too(make, name, way):
     torch._dynamo.reset()
-    model, x = small(f'{backbone}_{layer}', attn_slot=slot).eval(), torch.randn(2, 3, 65, 47)
-    with torch.no_grad():
-        y = model(x)
-        sides = {2: torch.export.Dim('h', min=33, max=512), 3: torch.export.Dim('w', min=33, max=512)}
-        for other in (
-            torch.compile(model, backend='eager', fullgraph=True),
-            torch.export.export(model, (x,), dynamic_shapes=(sides,)).module(),
-            torch.jit.script(model),
-        ):
-            torch.testing.assert_close(other(x), y)
+    layer = make(name).eval()
+    other = WAYS[way](layer, torch.randn(2, 48, 6, 11))
+    for shape in ((2, 48, 6, 11), (3, 48, 9, 4)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(other(x), layer(x))
 
 
-@pytest.mark.parametrize('name', ['resnet18_ca', 'mobilenetv2_050_eca'])
-def test_timms_options(name):
-    model = timm.create_model(name, attn_slot='output', in_chans=1, num_classes=3, drop_path_rate=0.1, output_stride=16)
-    model.set_grad_checkpointing()
-    model(torch.randn(2, 1, 65, 47)).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-    assert model.forward_features(torch.randn(1, 1, 64, 96)).shape[2:] == (4, 6)
+@pytest.mark.parametrize('name', FORMULAS)
+def test_onnxruntime_computes_the_same(make, name, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    layer, x = make(name).eval(), torch.randn(2, 48, 6, 11)
+    torch.onnx.export(layer, (x,), tmp_path / 'layer.onnx', dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / 'layer.onnx', providers=['CPUExecutionProvider'])
+    y, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), layer(x).detach(), rtol=1e-4, atol=1e-4)

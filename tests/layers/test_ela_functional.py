@@ -313,7 +313,8 @@ EfficientLocalAttention(32)(torch.randn(2, 32, 5, 5))
 
 
 def test_a_choice_that_is_none_is_named_and_the_usual_one_taken():
-    done = run_python('from timm_ela.layers import ela_functional; assert ela_functional._FUSED is True', env={'TIMM_ELA_FUSED': 'yes'})
+    code = 'from timm_ela.layers import ela_functional; assert ela_functional._FUSED is True'
+    done = run_python(code, env={'TIMM_ELA_FUSED': 'yes'})
     assert done.stderr.strip().endswith('TIMM_ELA_FUSED=yes is neither 0 nor 1: taken as 1.')
 
 
