@@ -81,9 +81,49 @@ def gc(x, p, training):
     return x + linear(context.clamp(min=0), p, 'mlp_add.fc2')[:, :, :, None]
 
 
+def triplet(x, p, training):
+    n, c, height, width = x.shape
+    y = 0
+    # (name, order of the dimensions with the pooled one second)
+    for name, order in (('cw', (0, 2, 1, 3)), ('hc', (0, 3, 2, 1)), ('hw', (0, 1, 2, 3))):
+        z = x.permute(order)
+        pools = torch.stack([z.amax(1), z.mean(1)], 1)
+        m = F.unfold(pools, 7, padding=3).transpose(1, 2) @ p[f'{name}.conv.conv.weight'].flatten()
+        m = batch_norm(m[:, None], p, f'{name}.conv.bn', training)
+        gated = z * torch.sigmoid(m).reshape(n, 1, *z.shape[2:])
+        y = y + gated.permute(order)  # each order is its own inverse
+    return y / 3
+
+
+def sa(x, p, training):
+    n, c, height, width = x.shape
+    half = p['cweight'].numel()
+    flat = {k: v.flatten() for k, v in p.items()}
+    channels = []
+    for g in range(c // (2 * half)):
+        for i in range(half):
+            z = x[:, 2 * half * g + i]
+            channels.append(z * torch.sigmoid(flat['cweight'][i] * z.mean((1, 2), keepdim=True) + flat['cbias'][i]))
+        for i in range(half):
+            z = x[:, 2 * half * g + half + i]
+            normed = (z - z.mean((1, 2), keepdim=True)) / (z.var((1, 2), unbiased=False, keepdim=True) + 1e-5).sqrt()
+            normed = normed * flat['gn.weight'][i] + flat['gn.bias'][i]
+            channels.append(z * torch.sigmoid(flat['sweight'][i] * normed + flat['sbias'][i]))
+    return torch.stack([channels[i // 2 + (i % 2) * (c // 2)] for i in range(c)], 1)
+
+
+def sp(x, p, training):
+    def strip(z, name):  # (N, C, L)
+        w = p[f'conv{name}.weight'].flatten(2)
+        z = torch.einsum('nclk,ock->nol', F.pad(z, (1, 1)).unfold(2, 3, 1), w)
+        return batch_norm(z, p, f'bn{name}', training)
+    s = strip(x.mean(3), '1')[:, :, :, None] + strip(x.mean(2), '2')[:, :, None, :]
+    return x * torch.sigmoid(linear(s.clamp(min=0).flatten(2), p, 'conv3')).reshape(x.shape)
+
+
 FORMULAS = {
     'ela_t': partial(ela, groups=32), 'ela_b': ela, 'ela_s': ela, 'ela_l': ela,
-    'ca': ca, 'eca': eca, 'se': se, 'cbam': cbam, 'gc': gc,
+    'ca': ca, 'eca': eca, 'se': se, 'cbam': cbam, 'gc': gc, 'triplet': triplet, 'sa': sa, 'sp': sp,
 }
 
 
@@ -94,12 +134,16 @@ def parameters(name: str, c: int) -> int:
         return c * group * kernel + 2 * c
     if name == 'eca':  # the odd number nearest to log2(C) / 2 + 1 / 2; of two, the greater, as in the authors' code
         return min(range(3, 11, 2), key=lambda k: (abs(k - (math.log2(c) + 1) / 2), -k))
+    groups = max(g for g in range(1, 65) if c % (2 * g) == 0)
     r = max(8, c // 32) if name == 'ca' else c // 16
     return {
         'ca': c * r + r + 2 * r + 2 * (r * c + c),
         'se': 2 * c * r + r + c,
         'cbam': 2 * c * r + 2 * 7 * 7 + 2,
         'gc': c + 1 + 2 * c * r + r + c + 2 * r,
+        'triplet': 300,
+        'sa': 3 * c // groups,
+        'sp': 7 * c * c + 5 * c,
     }[name]
 
 
@@ -144,7 +188,9 @@ def test_both_memory_formats_give_the_same_and_keep_theirs(make, name):
     layer, x = make(name).eval(), torch.randn(2, 48, 6, 11)
     y, last = layer(x), layer(x.to(memory_format=torch.channels_last))
     torch.testing.assert_close(last, y)
-    assert y.is_contiguous() and last.is_contiguous(memory_format=torch.channels_last)
+    assert y.is_contiguous()
+    if name != 'sa':  # a shuffle by reshaping gives contiguous maps
+        assert last.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize('name', FORMULAS)
@@ -200,6 +246,26 @@ def test_a_paper_is_cited_in_full(name):
 def test_no_two_papers_have_the_same_key():
     papers = {layer.paper for layer in ATTN_LAYERS.values()}
     assert len({paper.bibtex.partition(',')[0] for paper in papers}) == len(papers)
+
+
+def test_the_sizes_of_the_rivals_are_checked():
+    assert [ATTN_LAYERS['sa'].create(c).groups for c in (128, 144, 96, 64, 1024)] == [64, 36, 48, 32, 64]
+    with pytest.raises(ValueError, match='even number of them, got 15'):
+        ATTN_LAYERS['sa'].create(15)
+
+
+AUTHORS = {  # parameters and buffers of the authors' modules
+    'triplet': {f'{branch}.conv.{k}' for branch in ('cw', 'hc', 'hw') for k in (
+        'conv.weight', 'bn.weight', 'bn.bias', 'bn.running_mean', 'bn.running_var', 'bn.num_batches_tracked')},
+    'sa': {'cweight', 'cbias', 'sweight', 'sbias', 'gn.weight', 'gn.bias'},
+    'sp': {'conv1.weight', 'conv2.weight', 'conv3.weight', 'conv3.bias'} | {f'bn{i}.{k}' for i in (1, 2) for k in (
+        'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')},
+}
+
+
+@pytest.mark.parametrize('name', AUTHORS)
+def test_weights_are_named_as_in_the_authors_code(name):
+    assert set(ATTN_LAYERS[name].create(48).state_dict()) == AUTHORS[name]
 
 
 def exported(layer, x):

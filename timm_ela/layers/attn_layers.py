@@ -1,9 +1,9 @@
 """The attention layers that models are registered with, a row each: ELA's four sizes, and what it is compared with.
 
-The rivals are timm's layers, set as in their papers. Two of them differ from the paper's equations: SEModule's two
-layers have biases, as in its authors' released models, and CbamModule's spatial convolution has a batch norm, as in its
-authors' code (which also has biases in the channel MLP; its equation and timm have none). GlobalContext's LayerNorm has
-timm's epsilon, 1e-6, where its authors' has 1e-5.
+The rivals are set as in their papers, by timm's layers where timm has them. Three of those differ from a paper's
+equations or code: SEModule's two layers have biases, as in its authors' released models; CbamModule's spatial
+convolution has a batch norm, as in its authors' code (which also has biases in the channel MLP; its equation and timm
+have none); GlobalContext's LayerNorm has timm's epsilon, 1e-6, where its authors' has 1e-5.
 """
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +15,9 @@ from timm.layers.coord_attn import CoordAttn
 from torch import nn
 
 from .ela import VARIANTS, EfficientLocalAttention
+from .shuffle_attn import ShuffleAttention
+from .strip_pooling import StripPooling
+from .triplet_attn import TripletAttention
 
 
 class Paper(NamedTuple):
@@ -130,5 +133,31 @@ ATTN_LAYERS = {layer.suffix: layer for layer in (
               'Cao, Yue and Xu, Jiarui and Lin, Stephen and Wei, Fangyun and Hu, Han', 2019, '1904.11492'),
         _reduced(GlobalContext, 16, fuse_add=True, fuse_scale=False),
         Neutral(('mlp_add.fc2.weight', 'mlp_add.fc2.bias'), 1),
+    ),
+    AttnLayer(
+        'triplet',
+        'Triplet Attention',
+        Paper('Rotate to Attend: Convolutional Triplet Attention Module',
+              'Misra, Diganta and Nalamada, Trikay and Arasanipalai, Ajay Uppili and Hou, Qibin', 2020, '2010.03045'),
+        TripletAttention,
+        no_weights='the mean of its three gates rounds, so it cannot be set to change nothing. '
+                   'Train from scratch, with pretrained=False.',
+    ),
+    AttnLayer(
+        'sa',
+        'Shuffle Attention',
+        Paper('SA-Net: Shuffle Attention for Deep Convolutional Neural Networks',
+              'Zhang, Qing-Long and Yang, Yu-Bin', 2021, '2102.00240'),
+        ShuffleAttention,
+        no_weights='it shuffles the channels, so it cannot be set to change nothing. '
+                   'Train from scratch, with pretrained=False.',
+    ),
+    AttnLayer(
+        'sp',
+        'Strip Pooling',
+        Paper('Strip Pooling: Rethinking Spatial Pooling for Scene Parsing',
+              'Hou, Qibin and Zhang, Li and Cheng, Ming-Ming and Feng, Jiashi', 2020, '2003.13328'),
+        StripPooling,
+        Neutral(('conv3.weight', 'conv3.bias'), 2),
     ),
 )}

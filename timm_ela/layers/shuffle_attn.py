@@ -1,0 +1,68 @@
+"""Shuffle Attention.
+
+`SA-Net: Shuffle Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2102.00240
+"""
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ShuffleAttention(nn.Module):
+    """Shuffle Attention: in each group of channels, one half gets a gate per channel and the other one per pixel.
+
+    For a group's halves x_0 and x_1, (N, C / 2G, H, W) each::
+
+        y_0 = x_0 * sigmoid(cweight * mean of x_0 over H and W + cbias)
+        y_1 = x_1 * sigmoid(sweight * GroupNorm(x_1) + sbias)        one channel a group of the GroupNorm
+
+    Then the channels of all halves are shuffled in two. The weights are shared by the groups: 3C / G parameters. They
+    start at zero and the biases at one, as in the authors' code (https://github.com/wofmanaf/SA-Net), whose modules'
+    weights load as they are.
+
+    The authors use 64 groups, which needs channels in multiples of 128. Where 2 x 64 does not divide the channels
+    (MobileNetV2 has 144), the layer uses the greatest number of groups below 64 that does (36 for 144).
+
+    Source: `SA-Net: Shuffle Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2102.00240
+    """
+
+    def __init__(self, channels: int, groups: int = 64, act_layer: Any = None, device=None, dtype=None) -> None:
+        """
+        Args:
+            channels: Channels C of the input, even.
+            groups: Greatest number of groups G.
+            act_layer: Not used: timm's builders pass the block's activation to every attention layer.
+            device: Device of the parameters.
+            dtype: Dtype of the parameters.
+
+        Raises:
+            ValueError: If the number of channels is odd.
+        """
+        super().__init__()
+        if channels % 2:
+            raise ValueError(f'Shuffle Attention halves the channels: it needs an even number of them, got {channels}.')
+        self.groups = next(g for g in range(min(groups, channels // 2), 0, -1) if channels % (2 * g) == 0)
+        half = channels // (2 * self.groups)
+        dd = {'device': device, 'dtype': dtype}
+        self.cweight = nn.Parameter(torch.zeros(1, half, 1, 1, **dd))
+        self.cbias = nn.Parameter(torch.ones(1, half, 1, 1, **dd))
+        self.sweight = nn.Parameter(torch.zeros(1, half, 1, 1, **dd))
+        self.sbias = nn.Parameter(torch.ones(1, half, 1, 1, **dd))
+        self.gn = nn.GroupNorm(half, half, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gates x (N, C, H, W), and returns a contiguous map of the same shape."""
+        groups = self.groups
+        x_0, x_1 = x.unflatten(1, (groups, 2, -1)).unbind(2)  # (N, G, C / 2G, H, W)
+        channel = x_0.mean((3, 4), keepdim=True)
+
+        x_1 = x_1.flatten(1, 2)  # (N, C / 2, H, W)
+        weight, bias = self.gn.weight.repeat(groups), self.gn.bias.repeat(groups)
+        pixel = F.group_norm(x_1, x_1.shape[1], weight, bias, self.gn.eps)
+        x_1, pixel = x_1.unflatten(1, (groups, -1)), pixel.unflatten(1, (groups, -1))
+
+        y_0 = x_0 * (self.cweight * channel + self.cbias).sigmoid()
+        y_1 = x_1 * (self.sweight * pixel + self.sbias).sigmoid().to(x.dtype)
+        y = torch.stack([y_0, y_1], 2).flatten(1, 3)  # (N, C, H, W)
+        return y.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)

@@ -1,0 +1,62 @@
+"""Triplet Attention.
+
+`Rotate to Attend: Convolutional Triplet Attention Module` - https://arxiv.org/abs/2010.03045
+"""
+from typing import Any
+
+import torch
+from timm.layers import ConvNormAct
+from torch import Tensor, nn
+
+
+class AttentionGate(nn.Module):
+    """Gate of a map whose values are vectors: 7 x 7 convolution of their maximum and mean, batch norm, sigmoid."""
+
+    def __init__(self, kernel_size: int = 7, device=None, dtype=None) -> None:
+        super().__init__()
+        self.conv = ConvNormAct(
+            2, 1, kernel_size, apply_act=False, norm_kwargs={'momentum': 0.01}, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, dim: int) -> Tensor:
+        """Pools x (4-D) over a dimension and gives the gate, a map of the other two, with a dimension of size 1."""
+        pooled = torch.cat([x.max(dim, keepdim=True)[0], x.mean(dim, keepdim=True)], dim)
+        return self.conv(pooled.movedim(dim, 1)).sigmoid().movedim(1, dim)
+
+
+class TripletAttention(nn.Module):
+    """Triplet Attention: the mean of x gated in three ways, each by a map of two of its dimensions.
+
+    For x of shape (N, C, H, W), one branch each for the maps (C, W), (H, C) and (H, W)::
+
+        pooled = [max, mean] of x over the third dimension        2 channels
+        gate = sigmoid(BatchNorm(Conv7x7(pooled)))                1 channel
+        y = mean of x * gate over the branches
+
+    300 parameters for any number of channels. Parameters are named as in the authors' code
+    (https://github.com/landskape-ai/triplet-attention), so their modules' weights load as they are. The batch norm's
+    momentum of 0.01 (0.99 in other conventions) is theirs, too; the paper does not state it.
+
+    Source: `Rotate to Attend: Convolutional Triplet Attention Module` - https://arxiv.org/abs/2010.03045
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 7, act_layer: Any = None, device=None, dtype=None) -> None:
+        """
+        Args:
+            channels: Not used: the layer takes any number of channels.
+            kernel_size: Side of the convolutions, odd.
+            act_layer: Not used: timm's builders pass the block's activation to every attention layer.
+            device: Device of the parameters.
+            dtype: Dtype of the parameters.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.cw = AttentionGate(kernel_size, **dd)
+        self.hc = AttentionGate(kernel_size, **dd)
+        self.hw = AttentionGate(kernel_size, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gates x (N, C, H, W), and returns the same shape."""
+        a_cw = self.cw(x, 2)  # (N, C, 1, W)
+        a_hc = self.hc(x.transpose(1, 2), 3).transpose(1, 2)  # (N, C, H, 1)
+        a_hw = self.hw(x, 1)  # (N, 1, H, W)
+        return (x * a_cw + x * a_hc + x * a_hw) / 3
