@@ -98,7 +98,8 @@ def _push(args: argparse.Namespace) -> None:
 def _plot(args: argparse.Namespace) -> None:
     from .plot import plot_file
 
-    plot_file(args.image, args.model, args.output, stages=args.stages, pretrained=args.pretrained)
+    plot_file(
+        args.image, args.model, args.output, stages=args.stages, channel=args.channel, pretrained=args.pretrained)
     print(f'Wrote {args.output}')
 
 
@@ -166,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--model', required=True, help='model name, hf-hub:OWNER/NAME or local-dir:FOLDER')
     sub.add_argument('-o', '--output', default='attention.png', help='picture to write (default: %(default)s)')
     sub.add_argument('--stages', type=int, nargs='+', metavar='N', help='stages to draw (default: all)')
+    sub.add_argument('--channel', type=int, metavar='N', help='channel to draw (default: the mean over all)')
     sub.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='random weights')
     return parser
 

@@ -1,32 +1,33 @@
-"""The gates of Efficient Local Attention (ELA), drawn over the picture that the model saw."""
+"""The gates of Efficient Local Attention (ELA), drawn beside the picture that the model saw."""
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from timm import create_model
+from timm import create_model, is_model
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.data.loader import adapt_to_chs
-from timm.models import parse_model_name
+from timm.models import get_arch_name, parse_model_name
 from torch import Tensor, nn
 
 from .layers.ela import EfficientLocalAttention
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
-_LEAST_RANGE = 0.1  # of a scale: gates that vary less are to look flat, as they are
+_LEAST_RANGE = 0.1  # of a scale: gates that vary less look flat
+_MOVED = 0.01  # least change of a gate that the title does not call a fresh graft
+_WIDTH = 3  # of a map, in inches
 
 
 def figure_class() -> type['Figure']:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Plotting needs matplotlib: pip install 'timm-ela[plot]'") from error
+        raise ModuleNotFoundError('Plotting needs matplotlib: pip install matplotlib') from error
     return Figure
 
 
@@ -40,8 +41,19 @@ def _open_image(image: str | Path | Image.Image) -> Image.Image:
         raise ValueError(f'Cannot read the image {str(image)!r}: {error}') from error
 
 
+class _Panel(NamedTuple):
+    """What is drawn of one stage."""
+
+    title: str
+    gate: np.ndarray  # (H, W), a_h * a_w
+    a_h: np.ndarray  # (H,)
+    a_w: np.ndarray  # (W,)
+    of: str  # 'mean over channels', or the channel
+    moved: float  # greatest distance of a gate of any channel from a fresh graft's, 1/4
+
+
 def _stages(model: nn.Module) -> dict[int, str]:
-    """Names the last ELA module of each stage, a stage being what leads to one entry of timm's `feature_info`."""
+    """Names the last ELA module of each stage. A stage leads to one entry of timm's `feature_info`."""
     names = [name for name, _ in model.named_modules()]
     features = [info['module'] for info in getattr(model, 'feature_info', ())]
     ends = [max((i for i, n in enumerate(names) if f'{n}.'.startswith(f'{f}.')), default=len(names)) for f in features]
@@ -80,6 +92,23 @@ def _class_names(count: int, cfg: dict[str, Any], given: Sequence[str] | None) -
     return [descriptions.get(name, name) for name in names]
 
 
+def _make_panel(stage: int, gates: Sequence[np.ndarray], channel: int | None) -> _Panel:
+    """Reduces the gates a_h (C, H) and a_w (C, W) of a stage to one channel, or to means over all."""
+    a_h, a_w = gates
+    channels, height, width = *a_h.shape, a_w.shape[1]
+    if channel is not None and not 0 <= channel < channels:
+        raise ValueError(f'Stage {stage} has channels 0 to {channels - 1}, got {channel}.')
+    of = 'mean over channels' if channel is None else f'channel {channel}'
+    ends = (a_h.max(1) * a_w.max(1), a_h.min(1) * a_w.min(1))  # greatest and smallest gate of each channel
+    picked = slice(None) if channel is None else slice(channel, channel + 1)
+    a_h, a_w = a_h[picked], a_w[picked]
+    gate = np.einsum('ch,cw->hw', a_h, a_w) / len(a_h)
+    return _Panel(
+        f'stage {stage}: {height} x {width}, {channels} channels\n'
+        f'gate {gate.min():.3f} to {gate.max():.3f}, mean {gate.mean():.3f}',
+        gate, a_h.mean(0), a_w.mean(0), of, max(float(abs(end - 0.25).max()) for end in ends))
+
+
 def _limits(arrays: Iterable[np.ndarray]) -> tuple[float, float]:
     values = np.concatenate([a.ravel() for a in arrays])
     low, high = values.min(), values.max()
@@ -87,25 +116,81 @@ def _limits(arrays: Iterable[np.ndarray]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _draw_strips(ax: 'Axes', a_h: np.ndarray, a_w: np.ndarray, limits: tuple[float, float]) -> None:
-    """Draws a_h (H,) along the left edge of an image's axes and a_w (W,) along the lower one, over a dotted 0.5."""
-    (_, width), (height, _) = ax.get_xlim(), ax.get_ylim()
-    thick, gap = 0.17, 0.03  # in widths of the image
+def _in_words(panels: Sequence[_Panel]) -> str:
+    """Says how far the gates have moved."""
+    moved = max(panel.moved for panel in panels)
+    if moved < _MOVED:
+        return f'Gates within {max(moved, 0.0005):.3f} of a fresh graft (0.25): they have hardly moved.'
+    return f'Gates of single channels are up to {moved:.2f} from a fresh graft (0.25).'
+
+
+def _draw_picture(figure: 'SubFigure', picture: np.ndarray, lines: Sequence[str]) -> None:
+    """Draws the picture (H, W, 3) and, below it, its most probable classes."""
+    above, below = figure.subplots(2, 1, height_ratios=(5, 1))
+    above.imshow(picture, cmap='gray', vmin=0, vmax=1, aspect='auto')
+    above.set_title(f'What the model saw\n{picture.shape[0]} x {picture.shape[1]} pixels', fontsize=9)
+    above.set_axis_off()
+    below.set_axis_off()
+    below.text(0, 1, '\n'.join(lines), va='top', fontsize=8, parse_math=False)
+
+
+def _draw_panel(figure: 'SubFigure', panel: _Panel, limits: tuple[float, float], of_strips: tuple[float, float]) -> Any:
+    """Draws a stage's gate as a map, a_h along its left edge and a_w along its lower edge. Returns the map."""
+    (left, ax), (corner, below) = figure.subplots(
+        2, 2, width_ratios=(1, 5), height_ratios=(5, 1), gridspec_kw=dict(wspace=0.02, hspace=0.02))
+    corner.set_axis_off()
+    height, width = panel.gate.shape
+    image = ax.imshow(panel.gate, vmin=limits[0], vmax=limits[1], aspect='auto', extent=(0, width, height, 0))
+    ax.set_axis_off()
+    ax.set_title(panel.title, fontsize=9)
     dotted = {'color': '0.6', 'linewidth': 0.8, 'linestyle': ':'}
-    ticks = {'ticks': limits, 'labels': [f'{v:.2f}' for v in limits], 'fontsize': 7}
-    rows = ax.inset_axes((-thick - gap, 0, thick, 1), xlim=limits, ylim=(height, 0), yticks=[])
-    rows.axvline(0.5, **dotted)
-    rows.stairs(a_h, np.linspace(0, height, len(a_h) + 1), orientation='horizontal', baseline=None)
-    rows.xaxis.tick_top()
-    rows.set_xticks(**ticks)
-    rows.set_ylabel('$a_h$', rotation=0, labelpad=8)
-    thick, gap = thick * width / height, gap * width / height
-    columns = ax.inset_axes((0, -thick - gap, 1, thick), xlim=(0, width), ylim=limits, xticks=[])
-    columns.axhline(0.5, **dotted)
-    columns.stairs(a_w, np.linspace(0, width, len(a_w) + 1), baseline=None)
-    columns.yaxis.tick_right()
-    columns.set_yticks(**ticks)
-    columns.set_xlabel('$a_w$ (dotted: 0.5)', fontsize=9)
+    ticks = {'ticks': of_strips, 'labels': [f'{v:.2f}' for v in of_strips], 'fontsize': 7}
+
+    left.axvline(0.5, **dotted)
+    left.stairs(panel.a_h, np.arange(height + 1), orientation='horizontal', baseline=None)
+    left.set(xlim=of_strips, ylim=(height, 0), yticks=[])
+    left.set_ylabel(f'$a_h$, {panel.of}', fontsize=8)
+    left.set_xticks(**ticks)
+
+    below.axhline(0.5, **dotted)
+    below.stairs(panel.a_w, np.arange(width + 1), baseline=None)
+    below.set(xlim=(0, width), ylim=of_strips, xticks=[])
+    below.set_xlabel(f'$a_w$, {panel.of}', fontsize=8)
+    below.yaxis.tick_right()
+    below.set_yticks(**ticks)
+    return image
+
+
+def _draw(
+        arch: str,
+        picture: np.ndarray,
+        lines: Sequence[str],
+        panels: Sequence[_Panel],
+) -> 'Figure':
+    """Draws the picture and all stages, on scales that the stages share."""
+    cells = len(panels) + 1
+    columns = cells if cells < 6 else -(-cells // 2)
+    rows = -(-cells // columns)
+    height = float(np.clip(_WIDTH * picture.shape[0] / picture.shape[1], 1.5, 6))
+    size = (columns * _WIDTH * 1.5 + 1.5, rows * (height * 1.2 + 1) + 0.6)
+    figure = figure_class()(figsize=size, layout='constrained')
+    limits = _limits(panel.gate for panel in panels)
+    of_strips = _limits([np.array([0.5]), *(a for panel in panels for a in (panel.a_h, panel.a_w))])
+
+    body, bar = figure.subfigures(1, 2, width_ratios=(columns * _WIDTH * 1.5, 1.5))
+    subfigures = body.subfigures(rows, columns, squeeze=False).flatten()
+    _draw_picture(subfigures[0], picture, lines)
+    for subfigure, panel in zip(subfigures[1:], panels, strict=False):
+        image = _draw_panel(subfigure, panel, limits, of_strips)
+    ax = bar.subplots()
+    figure.colorbar(image, cax=ax)
+    ax.set_box_aspect(12)
+    ax.axhline(0.25, color='white', linewidth=2)
+    ax.yaxis.set_label_position('left')
+    ax.set_ylabel('gate $a_h a_w$ (white: fresh graft)', fontsize=8)
+
+    figure.suptitle(f'{arch}: ELA gates, {panels[0].of}. {_in_words(panels)}', fontsize=10)
+    return figure
 
 
 def plot_attention(
@@ -114,28 +199,32 @@ def plot_attention(
         stages: Sequence[int] | None = None,
         topk: int = 5,
         class_names: Sequence[str] | None = None,
+        channel: int | None = None,
 ) -> 'Figure':
-    """Draws the ELA gates of a model over the picture that it saw, and its most probable classes.
+    """Draws the ELA gates of a model beside the picture that it saw, and its most probable classes.
 
-    One panel per stage shows the stage's last ELA module: the mean over channels of a_h * a_w over the picture, and the
-    means of a_h and of a_w along its edges, on scales that all panels share. The picture is what timm's evaluation
-    transform makes of the image. The model is left as it was, in its mode and without hooks.
+    One panel per stage shows the stage's last ELA module: a_h * a_w as a map, a_h and a_w along its edges, on scales
+    that all panels share. They are means over channels, or those of one channel. The title says how far the gates of
+    all channels are from those of a fresh graft. The picture is what timm's evaluation transform makes of the image.
+    The model is left as it was, in its mode and without hooks.
 
     Args:
         image: Path of an image file, or a PIL image.
         model: timm model with ELA modules.
-        stages: Stages as timm counts features, from 0; all that have ELA where none are given.
+        stages: Stages as timm counts features, from 0; by default all that have ELA.
         topk: Number of classes to show.
-        class_names: One name per class; otherwise the checkpoint's, or ImageNet's where there are 1000 classes.
+        class_names: One name per class; by default the checkpoint's, or ImageNet's for 1000 classes.
+        channel: Channel to show, from 0; by default the mean over all.
 
     Returns:
         The figure, free of pyplot's state.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        ValueError: If the image cannot be read, the model has no ELA, no such stage or another number of classes.
+        ValueError: If the image cannot be read, or the model has no ELA, no such stage or channel, or another number of
+            classes.
     """
-    new_figure = figure_class()
+    figure_class()
     cfg, names = getattr(model, 'pretrained_cfg', {}), _stages(model)
     arch = cfg.get('architecture', type(model).__name__)
     if not names:
@@ -146,48 +235,28 @@ def plot_attention(
     classes = getattr(model, 'num_classes', 0)  # none in a model that gives features
     labels = _class_names(classes, cfg, class_names) if classes else []
 
+    x, picture = _prepare(image, model)
+    attention = [model.get_submodule(names[stage]) for stage in stages]
+    output, gates = _forward(model, x, attention)
+    panels = [_make_panel(stage, gates[m], channel) for stage, m in zip(stages, attention, strict=True)]
+    return _draw(arch, picture, _class_lines(output, labels, topk) if classes else [], panels)
+
+
+def _prepare(image: str | Path | Image.Image, model: nn.Module) -> tuple[Tensor, np.ndarray]:
+    """The model's input (C, H, W), and the picture (H, W, C) in it."""
     channels, config = getattr(model, 'in_chans', 3), resolve_model_data_config(model)
     stats = {k: adapt_to_chs(config[k], channels) for k in ('mean', 'std')}
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in stats.values())
     opened = _open_image(image)
     x = create_transform(**{**config, **stats})(opened.convert('L') if channels == 1 else opened)
-    attention = [model.get_submodule(names[stage]) for stage in stages]
-    output, gates = _forward(model, x, attention)
-    overlays = [np.einsum('ch,cw->hw', *gates[m]) / len(gates[m][0]) for m in attention]
-    strips = [[gate.mean(0) for gate in gates[m]] for m in attention]
-    (low, high), strip_limits = _limits(overlays), _limits([np.array([0.5]), *sum(strips, [])])
+    return x, (x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
-    _, height, width = x.shape
-    extent = (0, width, height, 0)
-    picture = {'X': (x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), 'cmap': 'gray', 'vmin': 0, 'vmax': 1}
-    cells = len(stages) + 2  # the picture first, the classes last
-    rows = 1 if cells < 4 else 2
-    columns = -(-cells // rows)
-    w, h = 3, 3 * height / width  # inches of an image; room for its strips and titles comes on top
-    all_w, all_h = columns * (w + 1.2) + 1.2, rows * (h + 1.5)
-    figure = new_figure(figsize=(all_w, all_h))
-    figure.subplots_adjust(0.9 / all_w, 0.9 / all_h, 1 - 1.5 / all_w, 1 - 0.6 / all_h, 1.2 / w, 1.5 / h)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for ax in axes:
-        ax.set_axis_off()
-    for ax in axes[:cells - 1]:
-        ax.imshow(**picture, extent=extent)
-    axes[0].set_title(f'{arch} saw {height}x{width}', fontsize=9)
-    for ax, stage, overlay, strip in zip(axes[1:], stages, overlays, strips, strict=False):
-        gate = ax.imshow(overlay, alpha=0.5, vmin=low, vmax=high, extent=extent, interpolation='nearest')
-        ax.set_title(f'stage {stage}: {names[stage]}, {len(strip[0])}x{len(strip[1])}\n'
-                     f'gate {overlay.min():.3f} to {overlay.max():.3f}', fontsize=9)
-        _draw_strips(ax, strip[0], strip[1], strip_limits)
-    bar = figure.colorbar(gate, cax=figure.add_axes((1 - 1.05 / all_w, 0.1, 0.2 / all_w, 0.8)))
-    bar.set_label('gate: mean over channels of $a_h a_w$\n(fresh graft: 0.25)', fontsize=8)
-    if classes:
-        top = output[0].float().softmax(0).topk(min(topk, classes))
-        axes[cells - 1].barh(range(len(top.indices)), top.values.tolist(), height=0.2)
-        axes[cells - 1].set(xlim=(0, 1), ylim=(len(top.indices) - 0.5, -0.7))
-        for i, (p, c) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True)):
-            label = labels[c] if len(labels[c]) <= 40 else f'{labels[c]:.39}…'
-            axes[cells - 1].text(0, i - 0.15, f'{p:.1%}  {label}', va='bottom', fontsize=9, parse_math=False)
-    return figure
+
+def _class_lines(output: Tensor, labels: Sequence[str], topk: int) -> list[str]:
+    """The most probable classes, a line each."""
+    top = output[0].float().softmax(0).topk(min(topk, len(labels)))
+    shown = [label if len(label) <= 40 else f'{label[:39]}…' for label in labels]
+    return [f'{p:.1%}  {shown[c]}' for p, c in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
 
 
 def plot_file(
@@ -196,27 +265,33 @@ def plot_file(
         output: str | Path,
         stages: Sequence[int] | None = None,
         topk: int = 5,
+        channel: int | None = None,
         pretrained: bool = True,
 ) -> None:
-    """Writes what `plot_attention` draws for a model by name; nothing is written unless everything worked.
+    """Writes what `plot_attention` draws for a model by name. Nothing is written unless everything worked.
 
     Args:
         image: Path of an image file.
         model_name: Model that timm knows, or a source: 'hf-hub:owner/name', 'local-dir:folder'.
         output: File to write; its suffix says the format.
-        stages: Stages as timm counts features; all that have ELA where none are given.
+        stages: Stages as timm counts features; by default all that have ELA.
         topk: Number of classes to show.
+        channel: Channel to show; by default the mean over all.
         pretrained: Load pretrained weights; a source's are loaded in any case.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
         OSError: If the output cannot be written.
         RuntimeError: If timm does not know the model or has no weights for it.
-        ValueError: As in `plot_attention`, and if the output's suffix is no format.
+        ValueError: As in `plot_attention`, if the output's suffix is no format, or if model_name is a folder.
     """
     figure_class()
     opened = _open_image(image)  # both before a download
-    model = create_model(model_name, pretrained=pretrained or parse_model_name(model_name)[0] is not None)
+    source = parse_model_name(model_name)[0]
+    if source is None and not is_model(get_arch_name(model_name)) and Path(model_name).is_dir():
+        raise ValueError(f'{model_name!r} is a folder, not a model name: give local-dir:{model_name}.')
+    model = create_model(model_name, pretrained=pretrained or source is not None)
     rendered = BytesIO()
-    plot_attention(opened, model, stages, topk).savefig(rendered, format=Path(output).suffix[1:] or 'png', dpi=150)
+    figure = plot_attention(opened, model, stages, topk, channel=channel)
+    figure.savefig(rendered, format=Path(output).suffix[1:] or 'png', dpi=150)
     Path(output).write_bytes(rendered.getvalue())
