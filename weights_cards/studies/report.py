@@ -1,0 +1,115 @@
+"""Makes the page and the picture of a study from its table, one row a run. What was not run is an empty cell."""
+from pathlib import Path
+
+import pandas as pd
+from scipy import stats
+
+from timm_ela import ATTN_LAYERS
+
+ARMS = ('plain', 'se', 'cbam', 'eca', 'ca', 'gc', 'ela_t', 'ela_b', 'ela_s', 'ela_l')
+TITLES = {'plain': 'none', **{name: layer.title for name, layer in ATTN_LAYERS.items()}}
+COLORS = {'plain': '#555555', 'ela': '#0072b2', 'other': '#e69f00'}  # Okabe and Ito
+LEVEL = 0.05
+INTRO = """\
+# Attention layers fine-tuned on {name}
+
+Every row of [{name}.csv]({name}.csv) is one run of timm's unmodified `train.py` and `validate.py`, by `make study`. All
+arms of a seed start from the same network to the bit (ImageNet weights of EfficientNet-Lite0, grafted by `timm-ela
+convert`, and one head), and see the same images in the same order. The number is the top-1 accuracy of the final epoch
+on the test split, in percent. Empty cells were not run.
+
+- {train_images} training images, {test_images} test images, {epochs} epochs, {img_size} px.
+- One recipe for all: `{recipe}`.
+- {hardware}, device {device}; Python {python}, torch {torch}, timm {timm}, timm_ela {timm_ela}; SHA-256 of train.py:
+  {train_py}.
+- Difference: paired by seed, with its 95 % interval (Student's t). p: paired t-test, corrected by Holm for the number
+  of arms. Training images/s: forward and backward, all arms in turn in one process.
+"""
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """Holm's correction of p-values for their number."""
+    ordered = p.dropna().sort_values()
+    scaled = ordered * pd.Series(range(len(ordered), 0, -1), ordered.index)
+    return scaled.cummax().clip(upper=1).reindex(p.index)
+
+
+def compare(table: pd.DataFrame) -> pd.DataFrame:
+    """One line for each arm: n, mean and deviation, and the paired difference to plain."""
+    by_seed = table.pivot(index='seed', columns='arm', values='top1').reindex(columns=list(ARMS))
+    lines = pd.DataFrame({'n': by_seed.count(), 'mean': by_seed.mean(), 'std': by_seed.std()})
+    differences = by_seed.sub(by_seed['plain'], axis=0).drop(columns='plain')
+    for arm, values in differences.items():
+        values = values.dropna()
+        if len(values) > 1:
+            half = stats.t.ppf(1 - LEVEL / 2, len(values) - 1) * stats.sem(values)
+            lines.loc[arm, ['difference', 'low', 'high']] = values.mean(), values.mean() - half, values.mean() + half
+            lines.loc[arm, 'p'] = stats.ttest_1samp(values, 0).pvalue
+    if 'p' in lines:
+        lines['p'] = holm(lines['p'])
+    first = table.groupby('arm').first()
+    return lines.join(first[['params', 'train_images_per_second']])
+
+
+def verdict(arm: str, line: pd.Series) -> str:
+    """One sentence that claims no more than the corrected test does."""
+    where = f'{abs(line.difference):.2f} points {"above" if line.difference > 0 else "below"} the plain model'
+    shown = 'this is shown' if line.p < LEVEL else 'nothing is shown'
+    return f'{TITLES[arm]} is {where} (p = {line.p:.2f}): {shown}.'
+
+
+def cells(arm: str, line: pd.Series) -> list[str]:
+    """The cells of an arm's line."""
+    if not line.n:
+        return [TITLES[arm], *[''] * 6]
+    deviation = f' ± {line["std"]:.2f}' if line.n > 1 else ''
+    difference, p = '', ''
+    if pd.notna(line.get('difference')):
+        difference, p = f'{line.difference:+.2f} [{line.low:+.2f}, {line.high:+.2f}]', f'{line.p:.2f}'
+    return [TITLES[arm], f'{int(line.n)}', f'{line["mean"]:.2f}{deviation}', difference, p, f'{int(line.params):,}',
+            f'{line.train_images_per_second:.0f}']
+
+
+def page(table: pd.DataFrame, name: str) -> str:
+    """The page of a study, all of it read from the table."""
+    lines = compare(table)
+    header = ['attention', 'n', 'top-1 (%)', 'against plain [95 %]', 'p', 'parameters', 'training images/s']
+    rows = [header, ['---', *['---:'] * 6], *(cells(arm, lines.loc[arm]) for arm in ARMS)]
+    said = [verdict(arm, line) for arm, line in lines.iterrows() if pd.notna(line.get('difference'))]
+    values = {column: ', '.join(map(str, table[column].unique())) for column in table}
+    parts = [
+        INTRO.format(name=name, **values),
+        '\n'.join(f'| {" | ".join(row)} |' for row in rows),
+        '\n'.join(f'- {sentence}' for sentence in said),
+        f'![Accuracy against parameters and against training speed]({name}.png)']
+    return '\n\n'.join(part.strip() for part in parts if part) + '\n'
+
+
+def draw(lines: pd.DataFrame, path: Path) -> None:
+    """Accuracy against parameters and against training speed: means over the seeds, and their deviation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout='constrained')
+    columns = {'params': 'parameters', 'train_images_per_second': 'training images per second'}
+    for ax, (column, label) in zip(figure.subplots(1, 2, sharey=True), columns.items(), strict=True):
+        for arm, marker in zip(ARMS, 'osP^vDX<>*', strict=True):
+            line = lines.loc[arm]
+            if line.n:
+                color = COLORS['plain' if arm == 'plain' else 'ela' if arm.startswith('ela') else 'other']
+                ax.errorbar(line[column], line['mean'], line['std'] if line.n > 1 else None, fmt=marker, capsize=4,
+                            color=color, label=f'{TITLES[arm]} (n = {int(line.n)})' if column == 'params' else None)
+        ax.set(xlabel=label)
+        ax.margins(0.1)
+        ax.grid(alpha=0.3)
+    figure.supylabel('top-1 of the final epoch (%)')
+    figure.legend(loc='outside right center')
+    figure.savefig(path, dpi=120)
+
+
+def write_report(table: pd.DataFrame, path: Path) -> None:
+    """Writes `<name>.csv`, and from it `<name>.md` and `<name>.png`."""
+    table = table.sort_values(['seed', 'arm'], key=lambda s: s.map(ARMS.index) if s.name == 'arm' else s)
+    table.to_csv(path, index=False, lineterminator='\n')
+    table = pd.read_csv(path)
+    draw(compare(table), path.with_suffix('.png'))
+    path.with_suffix('.md').write_text(page(table, path.stem), encoding='utf-8')
