@@ -22,7 +22,7 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def randomize():
     """Moves batch norms and ELA gates away from their initial values, where mistakes cannot be seen.
 
