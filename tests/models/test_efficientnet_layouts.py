@@ -262,7 +262,7 @@ def test_squeeze_and_excitation_of_another_efficientnet_is_named(name):
 
 @pytest.mark.parametrize(('name', 'message'), [
     ('tf_efficientnet_lite1_ela_b', "lacks 75 weights, first 'blocks.5.1.conv_pw.weight'"),
-    ('mobilenetv2_ela_b', "'blocks"),
+    ('mobilenetv2_ela_b', "lacks 15 weights, first 'blocks.6.0.conv_pw.weight'"),
 ])
 def test_efficientnet_pytorchs_names_for_another_backbone_are_refused_by_the_first_that_differs(name, message):
     state_dict = efficientnet_pytorch(skeleton('tf_efficientnet_lite0'))
