@@ -78,7 +78,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     import timm  # here, so that the installed package wins over whatever the tests put on sys.path
 
-    from timm_ela.catalog import BACKBONES
+    from timm_ela.models.registry import MODELS
 
     if not config.pluginmanager.hasplugin('timeout'):
         config.addinivalue_line('markers', 'timeout: of pytest-timeout, which is not installed')
@@ -86,7 +86,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     def list_our_models(*args, module='', **kwargs) -> list[str]:
         """timm's tests name timm's modules, such as 'resnet'; our models of those families lie in modules of ours."""
-        ours = set(BACKBONES)
+        ours = set(MODELS)
         return [name for name in list_models(*args, **kwargs) if name.partition('.')[0] in ours]
 
     timm.list_models = list_our_models

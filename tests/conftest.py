@@ -20,7 +20,7 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def randomize():
     """Moves norms, and whatever else starts at zero, away from initial values, where mistakes cannot be seen.
 

@@ -1,10 +1,15 @@
-"""Commands in processes of their own, and the slots of timm's blocks."""
+"""Shared by the tests: models and their attention slots, and commands in processes of their own.
+
+What is imported first, and in which environment, is what the tests with processes of their own test.
+"""
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
+import timm
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
@@ -52,12 +57,35 @@ def run_python(code: str, *args: object, **kwargs) -> subprocess.CompletedProces
     return run([sys.executable, '-c', code, *args], **kwargs)
 
 
-def slot_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model, plain or ours, that have the slot: DepthwiseSeparableConv is another class."""
-    return [m for m in model.modules() if isinstance(m, BasicBlock | Bottleneck | InvertedResidual)]
+@cache
+def skeleton(name: str) -> nn.Module:
+    """A model without memory for its weights, shared by all tests: do not change it."""
+    return timm.create_model(name, device='meta')
 
 
-def slot_width(block: nn.Module, slot: str = 'inner') -> int:
-    """Channels of a block's slot."""
-    last = next(getattr(block, name) for name in ('conv_pwl', 'conv3', 'conv2') if hasattr(block, name))
-    return last.out_channels if slot == 'output' or isinstance(block, BasicBlock) else last.in_channels
+def load(name: str, state_dict: Mapping[str, object], **kwargs) -> nn.Module:
+    """Builds a model with these weights by timm's way for pretrained weights, our checkpoint filters included."""
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'state_dict': state_dict}, **kwargs)
+
+
+def slot_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks, by name, that have a place for an attention layer, in a plain model or one of ours."""
+    classes = (BasicBlock, Bottleneck, InvertedResidual)  # InvertedResidual expands, DepthwiseSeparableConv does not
+    return {name: m for name, m in model.named_modules() if isinstance(m, classes)}
+
+
+def slot_widths(plain: nn.Module, slot: str = 'inner') -> list[int]:
+    """Channels of the slot in each of a plain model's blocks."""
+    widths = []
+    for block in slot_blocks(plain).values():
+        if isinstance(block, BasicBlock):
+            widths.append(block.conv2.out_channels)
+        else:
+            last = block.conv3 if isinstance(block, Bottleneck) else block.conv_pwl
+            widths.append(last.in_channels if slot == 'inner' else last.out_channels)
+    return widths
+
+
+def attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention layers of one of our models, by name."""
+    return {f'{name}.se': block.se for name, block in slot_blocks(model).items()}

@@ -1,0 +1,122 @@
+"""Our models are timm's with an attention layer in each slot, and counts.csv says what that costs.
+
+The table is held to the models as built and to published numbers; the layers' own parameters are counted by hand in
+tests/layers/test_attn_layers.py.
+"""
+import re
+import sys
+
+import pytest
+import timm
+from helpers import ROOT, attentions, skeleton, slot_blocks, slot_widths
+from timm.models._efficientnet_blocks import InvertedResidual
+from torch import nn
+
+from timm_ela.layers.attn_layers import ATTN_LAYERS
+from timm_ela.models.registry import MODELS, family, read_counts
+
+sys.path.insert(0, str(ROOT / 'weights_cards'))
+from make_cards import measure
+
+# 1000 classes: plain, then with ELA-T, B, S and L
+PUBLISHED = {
+    'resnet18': (11_689_512, 11_702_952, 11_706_792, 11_770_152, 11_800_872),
+    'resnet50': (25_557_032, 25_583_464, 25_591_016, 25_715_624, 25_776_040),
+    'resnet101': (44_549_160, 44_606_056, 44_622_312, 44_890_536, 45_020_584),
+    'mobilenetv2_100': (3_504_872, 3_554_600, 3_568_808, 3_803_240, 3_916_904),
+    'tf_efficientnet_lite0': (4_652_008, 4_714_504, 4_732_360, 5_026_984, 5_169_832),
+}
+BLOCKS = {  # that have the slot
+    'resnet18': 8, 'resnet34': 16, 'resnet50': 16, 'resnet101': 33, 'resnet152': 50,
+    'mobilenetv2_050': 16, 'mobilenetv2_100': 16, 'mobilenetv2_110d': 21, 'mobilenetv2_120d': 25, 'mobilenetv2_140': 16,
+    'efficientnet_lite0': 15, 'tf_efficientnet_lite0': 15, 'tf_efficientnet_lite1': 20, 'tf_efficientnet_lite2': 20,
+    'tf_efficientnet_lite3': 23, 'tf_efficientnet_lite4': 29,
+}
+SLOT_MODELS = {k: m for k, m in MODELS.items() if family(k).__name__.endswith(('attn_resnet', 'attn_efficientnet'))}
+
+
+def parameters(name):
+    return sum(p.numel() for p in skeleton(name).parameters())
+
+
+def test_every_model_and_every_plain_one_has_a_row_and_none_else():
+    assert read_counts().keys() == MODELS.keys() | {model.base for model in MODELS.values()}
+
+
+def test_every_row_has_the_parameters_of_the_model_as_built():
+    assert {name: counts.params for name, counts in read_counts().items()} == {k: parameters(k) for k in read_counts()}
+
+
+@pytest.mark.parametrize('base', PUBLISHED)
+def test_parameters_are_the_published_ones(base):
+    names = (base, *(f'{base.removesuffix("_100")}_ela_{size}' for size in 'tbsl'))
+    assert tuple(read_counts()[name].params for name in names) == PUBLISHED[base]
+
+
+@pytest.mark.parametrize('base', ['resnet18', 'mobilenetv2_050', 'tf_efficientnet_lite0'])
+def test_multiply_adds_are_those_of_the_model_as_built(base):
+    names = [base, *(name for name, model in MODELS.items() if model.base == base)]
+    assert {name: read_counts()[name] for name in names} == {name: measure(name) for name in names}
+
+
+@pytest.mark.parametrize('base', BLOCKS)
+def test_every_base_has_its_number_of_slots(base):
+    assert len(slot_blocks(skeleton(base))) == BLOCKS[base]
+
+
+def test_every_base_has_every_layer():
+    names = {(f'{base.removesuffix("_100")}_{layer}', base, layer) for base in BLOCKS for layer in ATTN_LAYERS}
+    assert {(k, m.base, m.layer.suffix) for k, m in SLOT_MODELS.items()} == names
+
+
+def shapes(state_dict):
+    return {k: v.shape for k, v in state_dict.items()}
+
+
+def expected_shapes(plain, layer, slot='inner'):
+    """State dict of the plain model with the layer, called `se`, in each of its slots."""
+    expected = shapes(plain.state_dict())
+    for block, width in zip(slot_blocks(plain), slot_widths(plain, slot), strict=True):
+        expected |= shapes({f'{block}.se.{k}': v for k, v in layer.create(width, device='meta').state_dict().items()})
+    return expected
+
+
+@pytest.mark.parametrize('name', SLOT_MODELS)
+def test_the_state_dict_is_the_plain_models_with_the_layer_of_its_width_in_every_slot(name):
+    model, plain = SLOT_MODELS[name], skeleton(SLOT_MODELS[name].base)
+    own = skeleton(name).state_dict()
+    assert shapes(own) == expected_shapes(plain, model.layer)
+    assert [k for k in own if '.se.' not in k] == list(plain.state_dict())
+    assert {type(m) for m in attentions(skeleton(name)).values()} == {type(model.layer.create(16, device='meta'))}
+
+
+@pytest.mark.parametrize('base', ['resnet34', 'resnet50'])
+@pytest.mark.parametrize('layer', ATTN_LAYERS)
+def test_the_output_slot_has_the_blocks_output_width(base, layer):
+    model = timm.create_model(f'{base}_{layer}', attn_slot='output', device='meta')
+    assert shapes(model.state_dict()) == expected_shapes(skeleton(base), ATTN_LAYERS[layer], 'output')
+
+
+OPTIONS = dict(
+    num_classes=7, in_chans=1, global_pool='max', drop_rate=0.2, drop_path_rate=0.3, output_stride=8, act_layer='silu')
+
+
+@pytest.mark.parametrize('kwargs', [{}, OPTIONS], ids=['defaults', 'options'])
+@pytest.mark.parametrize('base', BLOCKS)
+def test_without_its_attention_a_model_is_timms_in_every_module_and_setting(base, kwargs):
+    """Padding, strides, dilations, epsilons, momenta, activations, rates: all that modules print."""
+    model, plain = (timm.create_model(n, device='meta', **kwargs) for n in (f'{base.removesuffix("_100")}_eca', base))
+    assert len(attentions(model)) == BLOCKS[base]
+    for block, theirs in zip(slot_blocks(model).values(), slot_blocks(plain).values(), strict=True):
+        if isinstance(theirs, InvertedResidual):
+            block.se = theirs.se
+        else:
+            del block._modules['se']
+    assert re.sub('InnerAttnBottleneck', 'Bottleneck', str(model)) == str(plain)
+
+
+@pytest.mark.parametrize('name', ['mobilenetv2_se', 'tf_efficientnet_lite0_ela_b'])
+def test_batch_norm_settings_can_be_chosen(name):
+    model = timm.create_model(name, bn_momentum=0.3, bn_eps=1e-2, device='meta')
+    norms = [m for k, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and '.se.' not in k]
+    assert {(m.momentum, m.eps) for m in norms} == {(0.3, 1e-2)}

