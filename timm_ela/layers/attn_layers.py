@@ -15,6 +15,7 @@ from timm.layers.coord_attn import CoordAttn
 from torch import nn
 
 from .ela import VARIANTS, EfficientLocalAttention
+from .elsa import EnhancedLocalSelfAttention
 
 
 class Paper(NamedTuple):
@@ -132,3 +133,14 @@ ATTN_LAYERS = {layer.suffix: layer for layer in (
         Neutral(('mlp_add.fc2.weight', 'mlp_add.fc2.bias'), 1),
     ),
 )}
+
+# Not one of ATTN_LAYERS: it takes the place of window attention, not that of a gate.
+ELSA = AttnLayer(
+    'elsa',
+    'ELSA',
+    Paper('ELSA: Enhanced Local Self-Attention for Vision Transformer',
+          'Zhou, Jingkai and Wang, Pichao and Wang, Fan and Liu, Qiong and Li, Hao and Jin, Rong', 2021, '2112.12786'),
+    EnhancedLocalSelfAttention,
+    no_weights='the authors keep theirs on Google Drive and Baidu, linked from https://github.com/damo-cv/ELSA; '
+               '`timm-ela convert` reads them.',
+)
