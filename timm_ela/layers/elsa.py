@@ -147,7 +147,8 @@ def elsa(
     Returns:
         The map (N, H, W, C) in v's dtype.
     """
-    dtype, attn = v.dtype, attn.to(v.dtype)  # autocast's softmax gives float32
+    # autocast's softmax gives float32
+    dtype, attn, v = v.dtype, attn.to(v.dtype), v.contiguous()
     if mul is not None:
         out = local_attention(v, attn, mul, kernel_size, dilation)
     elif torch.jit.is_scripting():
