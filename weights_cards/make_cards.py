@@ -9,12 +9,17 @@ from timm.models import get_arch_pretrained_cfgs
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ela.hub.cards import card, card_data, citation
-from timm_ela.layers.attn_layers import ATTN_LAYERS
-from timm_ela.models.registry import MODELS, Counts, read_counts
+from timm_ela.layers.attn_layers import ATTN_LAYERS, ELSA
+from timm_ela.models.registry import MODELS, Counts, Model, read_counts
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = '<!-- models: make cards -->\n', '<!-- end of models -->'
-BASES = list(dict.fromkeys(model.base for model in MODELS.values()))
+BASES = list(dict.fromkeys(model.base for model in MODELS.values() if model.layer is not ELSA))
+ELSA_MODELS = [model for model in MODELS.values() if model.layer is ELSA]
+# --drop-path, and what else is the model's own, in the authors' README
+ELSA_RECIPES = {
+    'elsa_swin_tiny': '--drop-path 0.1', 'elsa_swin_small': '--drop-path 0.3',
+    'elsa_swin_base': '--drop-path 0.5 --model-ema'}
 
 
 def measure(name: str) -> Counts:
@@ -30,7 +35,7 @@ def write_counts(path: Path) -> None:
     with path.open('w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(['name', *Counts._fields])
-        writer.writerows([name, *measure(name)] for name in (*BASES, *MODELS))
+        writer.writerows([name, *measure(name)] for name in (*BASES, *(m.base for m in ELSA_MODELS), *MODELS))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -90,6 +95,36 @@ model = timm.create_model('{grafted[1].name}.{cfgs[0].tag}', pretrained=True)
     )
 
 
+def elsa_card(model: Model) -> str:
+    """Returns the card of an ELSA-Swin."""
+    counts = read_counts()
+    rows = [
+        [f'`{name}`', f'{counts[name].params:,}', f'{counts[name].macs:,}'] for name in (model.name, model.base)]
+    return card(
+        card_data('elsa'),
+        f'# {model.name}',
+        f'Swin Transformer whose first three stages have Enhanced Local Self-Attention ([paper]({ELSA.paper.url})) in '
+        'place of windows: a 7 x 7 neighbourhood around each position, whose weights come from the product of queries '
+        'and keys, and a depthwise convolution beside it.',
+        '## Models',
+        table(['model', 'parameters', 'multiply-adds'], rows),
+        'At 224 x 224 pixels with 1000 classes. Multiply-adds are those of convolutions and matrix products as they are '
+        'computed, by torch\'s FlopCounterMode; those of ELSA include the zeros of its banded matrices.',
+        '## Weights',
+        f'There are none on the Hub: {ELSA.no_weights} The logits are those of the authors\' code.',
+        f'```bash\ntimm-ela convert {model.name}.pth --model {model.name} OUT\n```',
+        '## Recipe',
+        'The authors\', for 8 GPUs:',
+        f"""```bash
+torchrun --nproc-per-node 8 train.py --data-dir IMAGENET --model {model.name} \\
+    --epochs 300 --batch-size 128 --opt adamw --lr 1e-3 --sched cosine --weight-decay 0.05 \\
+    --warmup-epochs 20 --warmup-lr 1e-6 --min-lr 1e-5 --aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1.0 \\
+    --remode pixel --reprob 0.25 --clip-grad 5.0 --amp {ELSA_RECIPES[model.name]}
+```""",
+        citation(model),
+    )
+
+
 def models_table() -> str:
     """Returns the README's table: a backbone a line, with the parameters of its ELA models in millions."""
     counts = read_counts()
@@ -108,6 +143,8 @@ def write_all(root: Path) -> None:
     """Writes the cards and the table below the project's root."""
     for base in BASES:
         (root / 'weights_cards' / f'{base}.md').write_text(backbone_card(base), encoding='utf-8')
+    for model in ELSA_MODELS:
+        (root / 'weights_cards' / f'{model.name}.md').write_text(elsa_card(model), encoding='utf-8')
     readme = root / 'README.md'
     before, rest = readme.read_text(encoding='utf-8').split(START)
     readme.write_text(f'{before}{START}{models_table()}\n{END}{rest.split(END)[1]}', encoding='utf-8')

@@ -64,6 +64,8 @@ def _ends_of(state_dict: dict[str, Tensor], name: str) -> dict[str, int]:
         weight = state_dict.get(f'{part}.weight')
         if weight is not None and weight.ndim > axis:
             ends[key] = weight.shape[axis]
+    if not any(k.startswith(f'{cfg.classifier}.') for k in state_dict):
+        ends['num_classes'] = 0
     return ends
 
 

@@ -15,6 +15,7 @@ from timm.layers.coord_attn import CoordAttn
 from torch import nn
 
 from .ela import VARIANTS, EfficientLocalAttention
+from .elsa import EnhancedLocalSelfAttention
 from .shuffle_attn import ShuffleAttention
 from .strip_pooling import StripPooling
 from .triplet_attn import TripletAttention
@@ -161,3 +162,14 @@ ATTN_LAYERS = {layer.suffix: layer for layer in (
         Neutral(('conv3.weight', 'conv3.bias'), 2),
     ),
 )}
+
+# Not one of ATTN_LAYERS: it takes the place of window attention, not that of a gate.
+ELSA = AttnLayer(
+    'elsa',
+    'ELSA',
+    Paper('ELSA: Enhanced Local Self-Attention for Vision Transformer',
+          'Zhou, Jingkai and Wang, Pichao and Wang, Fan and Liu, Qiong and Li, Hao and Jin, Rong', 2021, '2112.12786'),
+    EnhancedLocalSelfAttention,
+    no_weights='the authors keep theirs on Google Drive and Baidu, linked from https://github.com/damo-cv/ELSA; '
+               '`timm-ela convert` reads them.',
+)

@@ -1,0 +1,292 @@
+"""Enhanced Local Self-Attention (ELSA): the formula, the same as banded matrix products, and the module.
+
+`ELSA: Enhanced Local Self-Attention for Vision Transformer` - https://arxiv.org/abs/2112.12786
+
+All maps are NHWC, as in timm's Swin. With h the attention, which the C / G channels of a head share, and with `mul` and
+`add` the ghost head, the operator is
+
+    out[c, n] = sum over k of (mul[c, k] * h[g(c), k, n] + add[c, k]) * v[c, n + k]
+
+over the K offsets k of a square neighbourhood, row by row, with zeros around the map. The second term needs no h: it is
+a depthwise convolution of v. The first is local attention. Nothing of size N x C x K x H x W is made.
+"""
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+torch.fx.wrap('elsa')  # one node in a traced graph, with its choice of path inside
+
+
+def _tap(padded: Tensor, attn: Tensor, mul: Tensor | None, k: int, kernel_size: int, dilation: int) -> Tensor:
+    """The summand of offset k: padded is (N, H + 2r, W + 2r, G, C / G), the result (N, H, W, G, C / G)."""
+    height, width = attn.shape[1], attn.shape[2]
+    y, x = k // kernel_size * dilation, k % kernel_size * dilation
+    value = padded[:, y:y + height, x:x + width]
+    if mul is not None:
+        value = value * mul.flatten(1)[:, k].view(attn.shape[3], -1)
+    return value * attn[..., k:k + 1]
+
+
+def local_attention(v: Tensor, attn: Tensor, mul: Tensor | None, kernel_size: int, dilation: int = 1) -> Tensor:
+    """The formula of local attention, written plainly: document, oracle, and the path for a ghost head that multiplies.
+
+    Args:
+        v: Values (N, H, W, C).
+        attn: Weights (N, H, W, G, K) of K = kernel_size ** 2 offsets for each of G heads.
+        mul: What multiplies the weights, (C, kernel_size, kernel_size), or None.
+        kernel_size: Offsets along a side, odd.
+        dilation: Distance between neighbouring offsets.
+
+    Returns:
+        The sum over k of mul[c, k] * attn[g(c), k, n] * v[c, n + k], (N, H, W, C) in v's dtype.
+    """
+    reach = kernel_size // 2 * dilation
+    padded = F.pad(v, (0, 0, reach, reach, reach, reach)).unflatten(3, (attn.shape[3], -1))
+    # a sum of low precision would round once for each offset
+    out = torch.zeros(1, device=v.device, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
+    for k in range(kernel_size * kernel_size):
+        if torch.jit.is_scripting():
+            out = out + _tap(padded, attn, mul, k, kernel_size, dilation)
+        else:
+            out = out + _recomputed(_tap, padded, attn, mul, k, kernel_size, dilation)
+    return out.flatten(3).to(v.dtype)
+
+
+def _recomputed(function: Callable[..., Tensor], *args) -> Tensor:
+    """Calls the function; where a graph is recorded in eager mode, it keeps its arguments only and calls it again."""
+    # Traces, torch.func and forward-mode derivatives need the operations themselves.
+    if not torch.is_grad_enabled() or _is_traced() or _is_transformed():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _skew(x: Tensor, length: int) -> Tensor:
+    """Moves row i of x (..., rows, S, M) by i places along axis S, which becomes `length` long: (..., rows, length, M).
+
+    Rows of length + 1, laid end to end and cut into rows of `length`, begin one place later each.
+    """
+    rows = x.shape[-3]
+    x = F.pad(x, (0, 0, 0, length + 1 - x.shape[-2])).flatten(-3, -2)
+    return x[..., :rows * length, :].unflatten(-2, (rows, length))
+
+
+def banded_attention(v: Tensor, attn: Tensor, kernel_size: int, dilation: int = 1, tile: int = 7) -> Tensor:
+    """`local_attention` without `mul`, as one batch of matrix products: two dozen operations for any kernel size.
+
+    The queries of a square tile share their keys: the tile and a margin around it. A query's weights stand in a row of
+    a matrix (queries x keys), which is zero for the keys that are out of its reach. Tiles of 7 x 7 fill the maps of
+    Swin at 224 pixels; other maps are padded.
+    """
+    batch, height, width, channels = v.shape
+    heads, reach = attn.shape[3], kernel_size // 2
+    side = tile + 2 * reach
+    # Positions that are a multiple of the dilation apart see only each other: they are a map of their own.
+    rows, cols = -(-height // (tile * dilation)), -(-width // (tile * dilation))
+    margin = (0, 0, 0, cols * tile * dilation - width, 0, rows * tile * dilation - height)
+    apart = (batch, rows * tile, dilation, cols * tile, dilation, -1)
+    v = F.pad(v, margin).reshape(apart).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    attn = F.pad(attn.flatten(3), margin).reshape(apart).permute(0, 2, 4, 1, 3, 5)
+
+    keys = F.pad(v, (0, 0, reach, reach, reach, reach)).unfold(1, side, tile).unfold(2, side, tile)
+    keys = keys.unflatten(3, (heads, -1)).permute(0, 1, 2, 3, 5, 6, 4).reshape(-1, side * side, channels // heads)
+    band = attn.reshape(-1, rows, tile, cols, tile, heads, kernel_size, kernel_size).permute(0, 1, 3, 5, 2, 6, 4, 7)
+    band = _skew(band.unsqueeze(-1), side).squeeze(-1)  # (..., tile, kernel_size, tile, side)
+    band = _skew(band.movedim(-2, -4), side).reshape(-1, tile * tile, side * side)
+    out = torch.bmm(band, keys).reshape(-1, rows, cols, heads, tile, tile, channels // heads)
+    out = out.permute(0, 1, 5, 2, 4, 3, 6).reshape(batch, dilation, dilation, rows * tile, cols * tile, channels)
+    out = out.permute(0, 3, 1, 4, 2, 5).reshape(batch, rows * tile * dilation, cols * tile * dilation, channels)
+    return out[:, :height, :width]
+
+
+def _banded_by_images(v: Tensor, attn: Tensor, kernel_size: int, dilation: int) -> Tensor:
+    """`banded_attention`, whose matrices live only while the images of one step are computed."""
+    if _is_traced() or _is_transformed() or not len(v):
+        return banded_attention(v, attn, kernel_size, dilation)
+    # the matrices of one image stay in a CPU's caches; a GPU wants more work at once
+    step = 1 if v.device.type == 'cpu' else 32
+    return torch.cat([
+        _recomputed(banded_attention, *images, kernel_size, dilation)
+        for images in zip(v.split(step), attn.split(step), strict=True)])
+
+
+def elsa(
+        v: Tensor,
+        attn: Tensor,
+        mul: Tensor | None,
+        add: Tensor | None,
+        kernel_size: int,
+        dilation: int = 1,
+) -> Tensor:
+    """The operator of ELSA: local attention and a ghost head.
+
+    In eager mode it keeps nothing for the backward pass but its arguments. Compiled, scripted and exported it is
+    `banded_attention` of the whole batch, and each of its operations keeps what it needs.
+
+    Args:
+        v: Values (N, H, W, C), any strides.
+        attn: Weights (N, H, W, G, K) of K = kernel_size ** 2 offsets for each of G heads.
+        mul: What multiplies the weights, (C, kernel_size, kernel_size), or None for 1.
+        add: What is added to them, (C, kernel_size, kernel_size), or None for 0.
+        kernel_size: Offsets along a side, odd.
+        dilation: Distance between neighbouring offsets.
+
+    Returns:
+        The map (N, H, W, C) in v's dtype.
+    """
+    # autocast's softmax gives float32
+    dtype, attn, v = v.dtype, attn.to(v.dtype), v.contiguous()
+    if mul is not None:
+        out = local_attention(v, attn, mul, kernel_size, dilation)
+    elif torch.jit.is_scripting():
+        out = banded_attention(v, attn, kernel_size, dilation)
+    else:
+        out = _banded_by_images(v, attn, kernel_size, dilation)
+    if add is not None:
+        v, reach = v.permute(0, 3, 1, 2), kernel_size // 2 * dilation
+        ghost = F.conv2d(v, add.unsqueeze(1), None, 1, [reach, reach], [dilation, dilation], v.shape[1])
+        out = out + ghost.permute(0, 2, 3, 1)
+    return out.to(dtype)
+
+
+class _ConvNHWC(nn.Conv2d):
+    """A convolution of an NHWC map, with the parameters of Conv2d: of size 1 a matrix product, faster on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel_size == (1, 1):
+            return F.linear(x, self.weight.flatten(1), self.bias)
+        return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
+
+
+class EnhancedLocalSelfAttention(nn.Module):
+    """Enhanced Local Self-Attention: Hadamard attention in a square around each position, and a ghost head.
+
+    For an NHWC map x of C channels, with d channels of queries and keys and K = kernel_size ** 2::
+
+        q, k, v = 1x1 convolution of x                                        widths d, d, C
+        h = softmax over K of conv1x1(GELU(grouped conv(q * k * scale)))      num_heads * K channels
+        out[c, n] = sum over k of (mul[c, k] ** lam * h[g(c), k, n] + gamma * add[c, k]) * v[c, n + k]
+        y = Linear(out)
+
+    d is C // 3 * 2, rounded up to a multiple of group_width. Parameters are named and shaped as the authors' are, so
+    their modules' weights load as they are: `ghost_head` is (1, C, kernel_size, kernel_size) where lam or gamma is 0,
+    and (2, 1, C, kernel_size, kernel_size), `mul` first, where neither is. Of the authors' options, a stride, other
+    widths of q, k and v, and a grouped last convolution are left out: no model of theirs has them.
+
+    With lam = 0, as in all released models, local attention is a batch of matrix products; with another lam it is a sum
+    of K maps, and takes longer.
+
+    Source: `ELSA: Enhanced Local Self-Attention for Vision Transformer` - https://arxiv.org/abs/2112.12786
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            kernel_size: int = 5,
+            dilation: int = 1,
+            qkv_bias: bool = False,
+            qk_scale: float | None = None,
+            attn_drop: float = 0.,
+            proj_drop: float = 0.,
+            group_width: int = 8,
+            lam: float = 1.,
+            gamma: float = 1.,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim: Channels C of the input.
+            num_heads: Heads; C is a multiple of it.
+            kernel_size: Positions along a side of the square, odd.
+            dilation: Distance between neighbouring positions of the square.
+            qkv_bias: If True, the first convolution has a bias.
+            qk_scale: Scale of q * k; by default (C / num_heads) ** -0.5. ELSA-Swin has 1.
+            attn_drop: Dropout rate of h.
+            proj_drop: Dropout rate of the output.
+            group_width: Channels per group of the grouped convolution.
+            lam: Exponent of the ghost head's `mul`; 0 leaves it out.
+            gamma: Factor of the ghost head's `add`; 0 leaves it out.
+            device: Device of the parameters.
+            dtype: Dtype of the parameters.
+
+        Raises:
+            ValueError: If kernel_size is even or dim is no multiple of num_heads.
+        """
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f'ELSA needs a positive odd kernel_size, got {kernel_size}.')
+        if dim % num_heads:
+            raise ValueError(f'ELSA needs a dim that is a multiple of num_heads={num_heads}, got {dim}.')
+        dd = {'device': device, 'dtype': dtype}
+        dim_qk = math.ceil(dim // 3 * 2 / group_width) * group_width
+        self.num_heads, self.kernel_size, self.dilation = num_heads, kernel_size, dilation
+        self.scale = float(qk_scale or (dim // num_heads) ** -0.5)
+        self.lam, self.gamma = float(lam), float(gamma)
+        self.widths = [dim_qk, dim_qk, dim]
+
+        self.pre_proj = _ConvNHWC(dim, sum(self.widths), 1, bias=qkv_bias, **dd)
+        self.attn = nn.Sequential(
+            _ConvNHWC(
+                dim_qk, dim_qk, kernel_size, padding=kernel_size // 2 * dilation, dilation=dilation,
+                groups=dim_qk // group_width, **dd),
+            nn.GELU(),
+            _ConvNHWC(dim_qk, kernel_size ** 2 * num_heads, 1, **dd),
+        )
+        shape = (dim, kernel_size, kernel_size)
+        parts = (lam != 0) + (gamma != 0)
+        self.ghost_head = nn.Parameter(torch.empty((2, 1, *shape) if parts == 2 else (1, *shape), **dd)) if parts else None
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.post_proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initializes the ghost head as the authors do."""
+        mul, add = self._ghost_head()
+        with torch.no_grad():
+            if mul is not None:
+                mul.normal_()
+            if add is not None:
+                trunc_normal_(add, std=.02)
+
+    def _ghost_head(self) -> tuple[Tensor | None, Tensor | None]:
+        """The views `mul` and `add` (C, kernel_size, kernel_size) of the ghost head, None where they are left out."""
+        head = self.ghost_head
+        if head is None:
+            return None, None
+        parts = head.flatten(0, -4)  # (1 or 2, C, kernel_size, kernel_size)
+        return parts[0] if self.lam != 0 else None, parts[-1] if self.gamma != 0 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attends.
+
+        Args:
+            x: Feature map (N, H, W, C), H and W of any size.
+
+        Returns:
+            Feature map (N, H, W, C).
+        """
+        q, k, v = self.pre_proj(x).split(self.widths, 3)
+        attn = self.attn(q * k if self.scale == 1 else q * k * self.scale)
+        attn = self.attn_drop(attn.unflatten(3, (self.num_heads, -1)).softmax(4))
+        mul, add = self._ghost_head()
+        if mul is not None:
+            mul = mul ** self.lam
+        if add is not None:
+            add = add * self.gamma
+        return self.proj_drop(self.post_proj(elsa(v, attn, mul, add, self.kernel_size, self.dilation)))
