@@ -77,6 +77,34 @@ def ela_reference(
     return gate(x, logits_h, logits_w)
 
 
+def _ela_exported(
+        x: Tensor,
+        conv_weight: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        norm_groups: int,
+        eps: float,
+) -> Tensor:
+    """`ela_reference` for an export of fixed H and W, in operators that onnxruntime computes in its blocked layout.
+
+    Strips are maps of width 1, pooled and convolved as maps are. GroupNorm's scale and shift are a 1x1 convolution,
+    as products that repeat a factor along a short axis are slow there; of those, one is left, of the two gates.
+    """
+    n, channels, height, width = x.shape
+    group_size, kernel_size = conv_weight.shape[1:]
+
+    def gate_of(z: Tensor, length: int) -> Tensor:
+        z = F.conv2d(
+            z, conv_weight.unsqueeze(3), None, padding=(kernel_size // 2, 0), groups=channels // group_size)
+        z = F.instance_norm(z.reshape(n, norm_groups, channels // norm_groups * length, 1), eps=eps)
+        z = z.reshape(n, channels, length, 1)
+        return F.conv2d(z, norm_weight.view(-1, 1, 1, 1), norm_bias, groups=channels).sigmoid().to(x.dtype)
+
+    a_h = gate_of(F.avg_pool2d(x, (1, width)), height)
+    a_w = gate_of(F.avg_pool2d(x, (height, 1)).reshape(n, channels, width, 1), width)
+    return x * (a_h * a_w.reshape(n, channels, 1, width))
+
+
 def _channels_last_on_cpu(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.device.type == 'cpu'
 
@@ -254,7 +282,12 @@ def _ela(
         inplace: bool,
 ) -> Tensor:
     args = (conv_weight, norm_weight, norm_bias, groups, eps)
-    # A compiler fuses the formula by itself, and an exported program needs nothing of ours to run.
+    # An exported program needs nothing of ours to run. Pooling needs sizes that are known; instance_norm, more than one
+    # value, even where GroupNorm is content with one in each of several samples.
+    if (_is_exporting() and isinstance(x.shape[2], int) and isinstance(x.shape[3], int)
+            and x.shape[1] // groups * min(x.shape[2:]) > 1):
+        return _ela_exported(x, *args)
+    # A compiler fuses the formula by itself.
     if torch.compiler.is_compiling() or _is_exporting() or torch.jit.is_tracing():
         return ela_reference(x, *args)
     check_input(x, conv_weight, norm_weight, norm_bias)
