@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 ECOSYSTEM := .venv-ecosystem
 
-.PHONY: demo test lint types ecosystem compat conformance cards study study-smoke
+.PHONY: demo test lint types ecosystem compat conformance cards study study-smoke bench
 
 demo: $(DEMO)
 	$(BIN)/python tests/demo.py
@@ -50,6 +50,10 @@ study: $(INSTALLED)
 study-smoke: $(INSTALLED)
 	$(RUN_STUDY) --output output/study-smoke \
 		--images 100 --epochs 2 --seeds 2 --arms plain ela_b $(STUDY)
+
+# Speed beside the plain models, about 12 minutes on two idle cores. BENCH: other options of bench_models.py.
+bench: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/bench_models.py $(BENCH)
 
 # 5 GB with CUDA: minutes, most of them for PyTorch.
 $(DEMO): pyproject.toml

@@ -91,7 +91,7 @@ ATTN_LAYERS = {layer.suffix: layer for layer in (
         f'ela_{variant}',
         f'ELA-{variant.upper()}',
         ELA,
-        partial(EfficientLocalAttention, variant=variant),
+        partial(EfficientLocalAttention, variant=variant, inplace=True),
         Neutral(('gn.weight', 'gn.bias'), 4),
     ) for variant in VARIANTS),
     AttnLayer(

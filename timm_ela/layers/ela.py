@@ -38,6 +38,11 @@ class EfficientLocalAttention(nn.Module):
     Not timm's `attn_layer='ela'` (EfficientLocalAttn), which has a convolution and a one-group GroupNorm for each
     strip, a SiLU before the sigmoid, and none of the four sizes.
 
+    With `inplace=True` the module writes its output into its input in eval mode, as timm's models let their activations
+    do, to save a second map. It does so only in eager mode, if no graph is recorded and the input is neither a view nor
+    requires a gradient. Whoever keeps the input, such as a forward hook on the layer before, then sees it gated; hooks
+    on the module itself do, too.
+
     Source: `ELA: Efficient Local Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2403.01123
     """
 
@@ -50,6 +55,7 @@ class EfficientLocalAttention(nn.Module):
             group_size: int | None = None,
             num_groups: int | None = None,
             eps: float = 1e-5,
+            inplace: bool = False,
             act_layer: Any = None,
             device=None,
             dtype=None,
@@ -62,6 +68,7 @@ class EfficientLocalAttention(nn.Module):
             group_size: Channels per group of the convolution; 1 is depthwise.
             num_groups: Groups of the GroupNorm, as published; `gcd(num_groups, channels)` are used.
             eps: GroupNorm's epsilon.
+            inplace: Write the output into the input in eval mode, where that is safe for gradients and views.
             act_layer: Not used: timm's builders pass the block's activation to every attention layer.
             device: Device of the parameters.
             dtype: Dtype of the parameters.
@@ -92,6 +99,7 @@ class EfficientLocalAttention(nn.Module):
             bias=False,
             **dd,
         )
+        self.inplace = inplace
         self.gn = nn.GroupNorm(gcd(size['num_groups'], channels), channels, eps=eps, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +118,9 @@ class EfficientLocalAttention(nn.Module):
         conv, gn = self.conv, self.gn
         if torch.jit.is_scripting() or self._parts_are_unmodified():
             # num_groups and eps through self: so TorchScript sees them as constants
-            return ela(x, conv.weight, gn.weight, gn.bias, self.gn.num_groups, self.gn.eps)
+            return ela(
+                x, conv.weight, gn.weight, gn.bias, self.gn.num_groups, self.gn.eps,
+                not torch.jit.is_scripting() and self._may_write_into(x))
         return gate(x, *self._logits(x))
 
     @torch.jit.ignore
@@ -124,6 +134,11 @@ class EfficientLocalAttention(nn.Module):
         if self._parts_are_unmodified():  # a wrapped part may have no weight
             check_input(x, self.conv.weight, self.gn.weight, self.gn.bias)
         return self.gn(self.conv(x.mean(3))), self.gn(self.conv(x.mean(2)))
+
+    @torch.jit.unused
+    def _may_write_into(self, x: Tensor) -> bool:
+        # a graph of fx may return any of its nodes: what it traces with a Proxy must leave its inputs as they are
+        return self.inplace and not self.training and isinstance(x, Tensor)
 
     @torch.jit.ignore
     def _parts_are_unmodified(self) -> bool:

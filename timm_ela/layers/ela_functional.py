@@ -77,6 +77,34 @@ def ela_reference(
     return gate(x, logits_h, logits_w)
 
 
+def _ela_exported(
+        x: Tensor,
+        conv_weight: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        norm_groups: int,
+        eps: float,
+) -> Tensor:
+    """`ela_reference` for an export of fixed H and W, in operators that onnxruntime computes in its blocked layout.
+
+    Strips are maps of width 1, pooled and convolved as maps are. GroupNorm's scale and shift are a 1x1 convolution,
+    as products that repeat a factor along a short axis are slow there; of those, one is left, of the two gates.
+    """
+    n, channels, height, width = x.shape
+    group_size, kernel_size = conv_weight.shape[1:]
+
+    def gate_of(z: Tensor, length: int) -> Tensor:
+        z = F.conv2d(
+            z, conv_weight.unsqueeze(3), None, padding=(kernel_size // 2, 0), groups=channels // group_size)
+        z = F.instance_norm(z.reshape(n, norm_groups, channels // norm_groups * length, 1), eps=eps)
+        z = z.reshape(n, channels, length, 1)
+        return F.conv2d(z, norm_weight.view(-1, 1, 1, 1), norm_bias, groups=channels).sigmoid().to(x.dtype)
+
+    a_h = gate_of(F.avg_pool2d(x, (1, width)), height)
+    a_w = gate_of(F.avg_pool2d(x, (height, 1)).reshape(n, channels, width, 1), width)
+    return x * (a_h * a_w.reshape(n, channels, 1, width))
+
+
 def _channels_last_on_cpu(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.device.type == 'cpu'
 
@@ -158,9 +186,9 @@ class _Gate(Function):
         return grad_x, sum_h * (-logits_h).sigmoid(), sum_w * (-logits_w).sigmoid()  # 1 - a, of all its bits
 
 
-def _gated(x: Tensor, a_h: Tensor, a_w: Tensor) -> Tensor:
-    """x (N, C, H, W) times the gates (N, C, H) and (N, C, W), in one allocation where no graph is recorded."""
-    y = x * a_h.unsqueeze(3)
+def _gated(x: Tensor, a_h: Tensor, a_w: Tensor, inplace: bool = False) -> Tensor:
+    """x (N, C, H, W) times the gates (N, C, H) and (N, C, W), in at most one allocation if no graph is recorded."""
+    y = x.mul_(a_h.unsqueeze(3)) if inplace else x * a_h.unsqueeze(3)
     return y * a_w.unsqueeze(2) if torch.is_grad_enabled() else y.mul_(a_w.unsqueeze(2))
 
 
@@ -170,7 +198,8 @@ def _logits(z: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tens
     spare = max(0, conv_weight.shape[2] // 2 + 1 - max(1, z.shape[2]))
     conv_weight = conv_weight[..., spare:conv_weight.shape[2] - spare]
     if conv_weight.shape[1] == 1 and z.device.type == 'cpu':
-        return F.group_norm(_DepthwiseConv.apply(z, conv_weight), groups, norm_weight, norm_bias, eps)
+        conv = _DepthwiseConv.apply if torch.is_grad_enabled() else _depthwise_conv
+        return F.group_norm(conv(z, conv_weight), groups, norm_weight, norm_bias, eps)
     return strip_logits(z, conv_weight, norm_weight, norm_bias, groups, eps)
 
 
@@ -181,6 +210,11 @@ def _both_logits(x: Tensor, z_h: Tensor, z_w: Tensor, *args: Any) -> list[Tensor
         both = torch.cat([z_h.unsqueeze(2), z_w.unsqueeze(2)]).squeeze(2)  # of 4-D strips, cat keeps the layout
         return list(_lay_out(_logits(both, *args), x).chunk(2))
     return [_lay_out(_logits(z, *args), x) for z in (z_h, z_w)]
+
+
+def _owns_its_memory(x: Tensor) -> bool:
+    """True unless x shares its memory: in inference mode PyTorch does not record views, and only their size tells."""
+    return not (x.requires_grad or x._is_view()) and x.untyped_storage().nbytes() == x.numel() * x.element_size()
 
 
 def _is_autocast(x: Tensor) -> bool:
@@ -209,10 +243,24 @@ def ela(
         norm_bias: Tensor,
         norm_groups: int,
         eps: float = 1e-5,
+        inplace: bool = False,
 ) -> Tensor:
-    """The same as `ela_reference`, at less cost in eager mode: arguments and result as there.
+    """The same as `ela_reference`, at less cost in eager mode.
 
     Keeps nothing of x's size for the backward pass but x itself.
+
+    Args:
+        x: Feature map (N, C, H, W).
+        conv_weight: As in `ela_reference`, and the next four, too.
+        norm_weight: GroupNorm's scale (C,).
+        norm_bias: GroupNorm's shift (C,).
+        norm_groups: Groups of the GroupNorm.
+        eps: GroupNorm's epsilon.
+        inplace: Write the result into x, in eager mode, if no graph is recorded and x is neither a view nor requires
+            a gradient. The plain formula, and what is compiled, exported or scripted, never writes into x.
+
+    Returns:
+        x * a_h * a_w, (N, C, H, W) in x's dtype.
 
     Raises:
         ValueError: If x is not 4-D, its channels are not those of the weights, or devices or dtypes are mixed (other
@@ -221,17 +269,35 @@ def ela(
     if torch.jit.is_scripting():  # an fx graph is scripted through this function
         return ela_reference(x, conv_weight, norm_weight, norm_bias, norm_groups, eps)
     else:
-        return _ela(x, conv_weight, norm_weight, norm_bias, norm_groups, eps)
+        return _ela(x, conv_weight, norm_weight, norm_bias, norm_groups, eps, inplace)
 
 
-def _ela(x: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, groups: int, eps: float) -> Tensor:
+def _ela(
+        x: Tensor,
+        conv_weight: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        groups: int,
+        eps: float,
+        inplace: bool,
+) -> Tensor:
     args = (conv_weight, norm_weight, norm_bias, groups, eps)
-    # A compiler fuses the formula by itself, and an exported program needs nothing of ours to run.
+    # An exported program needs nothing of ours to run. Pooling needs sizes that are known; instance_norm, more than one
+    # value, even where GroupNorm is content with one in each of several samples.
+    if (_is_exporting() and isinstance(x.shape[2], int) and isinstance(x.shape[3], int)
+            and x.shape[1] // groups * min(x.shape[2:]) > 1):
+        return _ela_exported(x, *args)
+    # A compiler fuses the formula by itself.
     if torch.compiler.is_compiling() or _is_exporting() or torch.jit.is_tracing():
         return ela_reference(x, *args)
     check_input(x, conv_weight, norm_weight, norm_bias)
     # torch.func and forward-mode derivatives need the formula.
     if not _FUSED or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return ela_reference(x, *args)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, conv_weight, norm_weight, norm_bias))):
+        with torch.no_grad():
+            logits_h, logits_w = _both_logits(x, *pool_strips(x), *args)
+            a_h, a_w = logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
+            return _gated(x, a_h, a_w, inplace and _owns_its_memory(x))
     x, z_h, z_w = _Pool.apply(x)
     return _Gate.apply(x, *_both_logits(x, z_h, z_w, *args))

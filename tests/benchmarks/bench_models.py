@@ -1,0 +1,110 @@
+"""Time of models with attention beside the plain model, in every way of running them, as a Markdown table.
+
+A training step is forward, cross entropy and backward, without an optimizer.
+"""
+import argparse
+import logging
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from timing import Call, describe, interleave, markdown, ratio
+from torch import Tensor, nn
+
+import timm_ela  # noqa: F401  registers the models
+
+BASES = {
+    'mobilenetv2_100': 'mobilenetv2',
+    'resnet50': 'resnet50',
+    'tf_efficientnet_lite0': 'tf_efficientnet_lite0',
+}
+ATTENTION = ('ela_b', 'se', 'eca', 'ca')
+WAYS = ('contiguous', 'channels_last', 'compile', 'onnxruntime')
+_logger = logging.getLogger(__name__)
+
+
+def onnx_session(model: nn.Module, x: Tensor, path: Path):
+    """A session of onnxruntime for any batch of x's height and width, with PyTorch's number of threads."""
+    import onnxruntime
+    sample = torch.rand(2, *x.shape[1:])
+    program = torch.onnx.export(
+        model, (sample,), dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
+    assert program is not None
+    program.save(path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+
+
+def train(model: nn.Module, x: Tensor, labels: Tensor) -> None:
+    torch.autograd.grad(F.cross_entropy(model(x), labels), list(model.parameters()))
+
+
+def infer(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(x)
+
+
+def settings(names: list[str], way: str, args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Call]]]:
+    """What is timed together: a title, and a call for each model."""
+    memory_format = torch.channels_last if way == 'channels_last' else torch.contiguous_format
+    models = {name: timm.create_model(name, exportable=True).to(memory_format=memory_format) for name in names}
+    batches = [torch.rand(n, 3, args.img_size, args.img_size).to(memory_format=memory_format) for n in args.batch_sizes]
+    if way == 'onnxruntime':
+        with tempfile.TemporaryDirectory() as folder:
+            sessions = {
+                name: onnx_session(model.eval(), batches[0], Path(folder, f'{name}.onnx'))
+                for name, model in models.items()}
+            for x in batches:
+                yield f'inference, batch {len(x)}', {
+                    name: partial(s.run, None, {s.get_inputs()[0].name: x.numpy()}) for name, s in sessions.items()}
+        return
+    called = {}
+    for name, model in models.items():
+        # otherwise the second batch size compiles as dynamic
+        called[name] = torch.compile(model, dynamic=False) if way == 'compile' else model
+    for x in batches:
+        for model in models.values():
+            model.eval()
+        yield f'inference, batch {len(x)}', {name: partial(infer, f, x) for name, f in called.items()}
+    if way != 'compile' and not args.no_training:
+        for model in models.values():
+            model.train()
+        labels = torch.randint(1000, (len(batches[-1]),))
+        yield f'training, batch {len(batches[-1])}', {
+            name: partial(train, f, batches[-1], labels) for name, f in called.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--bases', nargs='+', choices=BASES, default=list(BASES), help='plain models')
+    parser.add_argument('--ways', nargs='+', choices=WAYS, default=list(WAYS), help='ways of running')
+    parser.add_argument('--batch-sizes', nargs='+', type=int, default=[1, 8], help='training takes the last')
+    parser.add_argument('--img-size', type=int, default=224, help='height and width of the input')
+    parser.add_argument('--repeats', type=int, default=11, help='times that each call is run')
+    parser.add_argument('--no-training', action='store_true', help='inference only')
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format='%(message)s')
+    logging.getLogger('torch.onnx').setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    rows = []
+    for base in args.bases:
+        names = [base, *(f'{BASES[base]}_{suffix}' for suffix in ATTENTION)]
+        for way in args.ways:
+            torch.compiler.reset()
+            for title, calls in settings(names, way, args):
+                _logger.info(f'{base}, {way}, {title}')
+                times = interleave(calls, args.repeats)
+                cells = [ratio(times[name], times[base]) for name in names[1:]]
+                rows.append([base, way, title, f'{np.median(times[base]):.1f}', *cells])
+    head = ['plain model', 'way', 'mode', 'plain, ms', *(f'_{suffix}' for suffix in ATTENTION)]
+    print(f'Time beside the plain model at {args.img_size} px: {describe(args.repeats)}.\n\n{markdown(head, rows)}')
+
+
+if __name__ == '__main__':
+    main()
