@@ -162,7 +162,6 @@ def without(state_dict: dict, *parts: str) -> dict:
     ('mobilenetv2_100', lambda d: d, MODEL, 'must be one of the plain model'),
     (PLAIN, lambda d: without(d, 'conv_head'), MODEL, "lacks 1 weights, first 'conv_head.weight'"),
     (PLAIN, lambda d: without(d, 'conv_stem'), MODEL, "first 'conv_stem.weight'"),
-    (PLAIN, lambda d: without(d, 'classifier'), MODEL, "first 'classifier.weight'"),
     (PLAIN, lambda d: {'net': d}, MODEL, 'no state dict'),
     (PLAIN, lambda d: {}, MODEL, 'no state dict'),
     (PLAIN, lambda d: d, PLAIN, f"'{PLAIN}' is not a model of timm_ela"),

@@ -108,8 +108,8 @@ def elsa_card(model: Model) -> str:
         'and keys, and a depthwise convolution beside it.',
         '## Models',
         table(['model', 'parameters', 'multiply-adds'], rows),
-        'At 224 x 224 pixels with 1000 classes. Multiply-adds are those of convolutions and matrix products as they are '
-        'computed, by torch\'s FlopCounterMode; those of ELSA include the zeros of its banded matrices.',
+        'At 224 x 224 pixels with 1000 classes. Multiply-adds are those of convolutions and matrix products as they '
+        'are computed, by torch\'s FlopCounterMode; those of ELSA include the zeros of its banded matrices.',
         '## Weights',
         f'There are none on the Hub: {ELSA.no_weights} The logits are those of the authors\' code.',
         f'```bash\ntimm-ela convert {model.name}.pth --model {model.name} OUT\n```',

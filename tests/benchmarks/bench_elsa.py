@@ -60,7 +60,8 @@ def peak_mib(call: Callable[[], object]) -> float:
 
 
 def row(*cells: object) -> None:
-    print('| ' + ' | '.join(f'{cell:.1f}' if isinstance(cell, float) else str(cell) for cell in cells) + ' |', flush=True)
+    texts = [f'{cell:.1f}' if isinstance(cell, float) else str(cell) for cell in cells]
+    print(f'| {" | ".join(texts)} |', flush=True)
 
 
 def compare(label: tuple[str, ...], calls: dict[str, Callable[[], object]], repeats: int, less: bool) -> None:

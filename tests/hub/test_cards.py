@@ -9,13 +9,15 @@ from huggingface_hub import ModelCard
 from timm.models import get_arch_pretrained_cfgs
 
 from timm_ela.hub.cards import INSTALL
+from timm_ela.layers.attn_layers import ELSA
 from timm_ela.models.registry import MODELS
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / 'weights_cards'))
 import make_cards as cards  # noqa: E402  not of the package
 
-BASES = {name: model.base for name, model in MODELS.items()}
+BASES = {name: model.base for name, model in MODELS.items() if model.layer is not ELSA}
+ELSA_CARDS = {f'{model.name}.md': model for model in MODELS.values() if model.layer is ELSA}
 CARDS = {f'{base}.md': base for base in dict.fromkeys(BASES.values())}
 START, END = '<!-- models: make cards -->\n', '<!-- end of models -->'
 
@@ -31,12 +33,20 @@ def table(markdown: str, header: str) -> list[list[str]]:
 
 
 def test_there_is_one_card_for_each_backbone():
-    assert {path.name for path in (ROOT / 'weights_cards').glob('*.md')} == set(CARDS)
+    assert {path.name for path in (ROOT / 'weights_cards').glob('*.md')} == {*CARDS, *ELSA_CARDS}
 
 
 @pytest.mark.parametrize('name', CARDS)
 def test_a_card_is_what_make_cards_writes(name):
     assert text(name) == cards.backbone_card(CARDS[name])
+
+
+@pytest.mark.parametrize('name', ELSA_CARDS)
+def test_a_card_of_elsa_is_what_make_cards_writes_and_valid(name):
+    assert text(name) == cards.elsa_card(ELSA_CARDS[name])
+    card = ModelCard.load(ROOT / 'weights_cards' / name)
+    assert card.data.library_name == 'timm' and 'elsa' in card.data.tags and '2112.12786' in card.text
+    assert f'timm-ela convert {ELSA_CARDS[name].name}.pth' in card.text
 
 
 def test_the_readmes_table_is_what_make_cards_writes():
@@ -48,6 +58,7 @@ def test_the_readmes_table_is_what_make_cards_writes():
 def test_registry_cards_and_readme_have_the_same_names():
     names = {n for n in timm.list_models() if timm.models.model_entrypoint(n).__module__.startswith('timm_ela.')}
     assert names == set(MODELS)
+    names -= {model.name for model in ELSA_CARDS.values()}
     in_cards = [row[0] for name in CARDS for row in table(text(name), 'model |')]
     assert sorted(in_cards) == sorted(names | set(BASES.values()))
     readme = (ROOT / 'README.md').read_text(encoding='utf-8').split(START)[1]
@@ -99,6 +110,6 @@ def test_make_cards_writes_the_cards_and_the_readmes_table_and_nothing_else(tmp_
     (tmp_path / 'README.md').write_text(f'before\n{START}old\n{END}\nafter\n', encoding='utf-8')
     cards.write_all(tmp_path)
     assert {path.name: path.read_text(encoding='utf-8') for path in (tmp_path / 'weights_cards').iterdir()} == {
-        name: text(name) for name in CARDS}
+        name: text(name) for name in (*CARDS, *ELSA_CARDS)}
     assert (tmp_path / 'README.md').read_text(encoding='utf-8') == (
         f'before\n{START}{cards.models_table()}\n{END}\nafter\n')

@@ -280,6 +280,14 @@ def test_a_plain_checkpoint_becomes_an_ela_checkpoint_that_computes_the_same(new
         assert tuple(model.pretrained_cfg['input_size']) == (3, 96, 96) and model.pretrained_cfg['mean'][0] == 0.5
 
 
+def test_a_checkpoint_without_a_classifier_becomes_a_model_without_one(new_model, tmp_path, caplog):
+    plain = new_model(PLAIN, num_classes=0)
+    torch.save(plain.state_dict(), tmp_path / 'headless.pth')
+    model = load(convert_checkpoint(tmp_path / 'headless.pth', MODEL, tmp_path / 'out'))
+    assert model.num_classes == 0 and give_equal_logits(plain, model)
+    assert 'no classifier: the model is written without one' in caplog.text
+
+
 # Folders
 def fail(error: BaseException, *_, **__):
     raise error

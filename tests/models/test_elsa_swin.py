@@ -106,7 +106,8 @@ def test_logits_of_the_authors_checkpoint_are_theirs(img_size):
         # what is wrong shows
         at = 'layers.3.blocks.1.attn.'
         for key, value in (
-                ('qkv.weight', theirs[at + 'pre_proj.weight']), ('relative_position_bias_table', theirs[at + 'rb'].t())):
+                ('qkv.weight', theirs[at + 'pre_proj.weight']),
+                ('relative_position_bias_table', theirs[at + 'rb'].t())):
             model.load_state_dict({**renamed, at + key: value})
             assert (model(x) - expected).abs().max() > 1e-6
     assert rename_state_dict(renamed, model).keys() == renamed.keys()
@@ -176,7 +177,8 @@ def test_it_does_what_timms_swin_does():
     assert model(x.transpose(2, 3)).shape == (2, 3)
     assert all('relative_position_bias_table' in k for k in model.no_weight_decay())
     assert set(model.group_matcher()) == {'stem', 'blocks'}
-    assert [m.shape[1] for m in model.forward_intermediates(x.transpose(2, 3), intermediates_only=True)] == [24, 48, 96, 192]
+    maps = model.forward_intermediates(x.transpose(2, 3), intermediates_only=True)
+    assert [m.shape[1] for m in maps] == [24, 48, 96, 192]
     dynamic = timm.create_model(NAME, dynamic_img_size=True, features_only=True, **SMALL)
     assert [tuple(m.shape[1:]) for m in dynamic(torch.randn(1, 3, 76, 56))] == [
         (19, 14, 24), (10, 7, 48), (5, 4, 96), (3, 2, 192)]

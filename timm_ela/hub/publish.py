@@ -57,7 +57,7 @@ def _model_kwargs(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ends_of(state_dict: dict[str, Tensor], name: str) -> dict[str, int]:
-    """Classes and input channels of the weights of one of our models."""
+    """Classes and input channels of the weights of one of our models; no classes without a classifier."""
     cfg = get_pretrained_cfg(name)
     ends = {}
     for key, part, axis in (('num_classes', cfg.classifier, 0), ('in_chans', cfg.first_conv, 1)):
@@ -66,6 +66,7 @@ def _ends_of(state_dict: dict[str, Tensor], name: str) -> dict[str, int]:
             ends[key] = weight.shape[axis]
     if not any(k.startswith(f'{cfg.classifier}.') for k in state_dict):
         ends['num_classes'] = 0
+        _logger.warning('The checkpoint has no classifier: the model is written without one.')
     return ends
 
 

@@ -249,7 +249,9 @@ class EnhancedLocalSelfAttention(nn.Module):
         )
         shape = (dim, kernel_size, kernel_size)
         parts = (lam != 0) + (gamma != 0)
-        self.ghost_head = nn.Parameter(torch.empty((2, 1, *shape) if parts == 2 else (1, *shape), **dd)) if parts else None
+        self.ghost_head = None
+        if parts:
+            self.ghost_head = nn.Parameter(torch.empty((2, 1, *shape) if parts == 2 else (1, *shape), **dd))
         self.attn_drop = nn.Dropout(attn_drop)
         self.post_proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)

@@ -115,8 +115,8 @@ class ElsaSwinTransformer(SwinTransformer):
 def rename_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Weights in the authors' layout, or in timm's, under timm's names.
 
-    They may stand under 'state_dict' or 'model' and begin with 'module.'. Of a detector or a segmenter, whose keys begin
-    with 'backbone.', the backbone is taken, and the norm of its last feature map as that of the classifier.
+    They may stand under 'state_dict' or 'model' and begin with 'module.'. Of a detector or a segmenter, whose keys
+    begin with 'backbone.', the backbone is taken, and the norm of its last feature map as that of the classifier.
     """
     for wrapper in ('state_dict', 'model'):
         state_dict = state_dict.get(wrapper, state_dict)
