@@ -89,8 +89,8 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=11, help='times that each call is run')
     parser.add_argument('--no-training', action='store_true', help='inference only')
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
-    logging.getLogger('torch.onnx').setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.ERROR, format='%(message)s')
+    _logger.setLevel(logging.INFO)
     torch.manual_seed(0)
     rows = []
     for base in args.bases:
