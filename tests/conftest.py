@@ -15,6 +15,11 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _nothing_compiled():
+    torch.compiler.reset()  # otherwise many tests of one process reach the limit of recompilations
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -110,7 +110,7 @@ def _channels_last_on_cpu(x: Tensor) -> bool:
 
 
 def _lay_out(strip: Tensor, x: Tensor) -> Tensor:
-    """A strip (N, C, L) with its channels side by side where x's are: a product of unlike layouts takes far longer."""
+    """A strip (N, C, L) in the memory format of x: mixed formats multiply slowly."""
     if _channels_last_on_cpu(x):
         return strip.transpose(1, 2).contiguous().transpose(1, 2)
     return strip
@@ -127,7 +127,7 @@ def pool_strips(x: Tensor, divide: bool = True) -> tuple[Tensor, Tensor]:
 
 
 class _Pool(Function):
-    """x beside its two strips. Backward writes the strips' gradients onto the one that x comes back with."""
+    """x and its two strips. Backward adds the strips' gradients to that of x in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,17 +141,17 @@ class _Pool(Function):
         grad_w = _lay_out(grad_w / height, grad).unsqueeze(2)
         if torch.is_grad_enabled():  # a graph of this backward is asked for
             return grad + grad_h + grad_w
-        return grad.add_(grad_h).add_(grad_w)  # made by _Gate.backward, nobody else holds it
+        return grad.add_(grad_h).add_(grad_w)  # in place: only _Gate.backward has it
 
 
 def _depthwise_conv(z: Tensor, weight: Tensor) -> Tensor:
-    # conv1d would leave oneDNN for short strips, and take 20 times as long
+    # conv1d does not use oneDNN for short strips, and takes 20 times as long
     z, weight = z.unsqueeze(2), weight.unsqueeze(2)
     return F.conv2d(z, weight, None, padding=[0, weight.shape[3] // 2], groups=weight.shape[0]).squeeze(2)
 
 
 class _DepthwiseConv(Function):
-    """The strips' convolution with a group for each channel; PyTorch's own takes many times as long to go back."""
+    """The depthwise convolution of the strips. PyTorch's own backward pass takes many times as long."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, weight: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class _DepthwiseConv(Function):
 
 
 class _Gate(Function):
-    """x * sigmoid(logits_h) * sigmoid(logits_w). Saves nothing of x's size but x, and reads it once to go back."""
+    """x * sigmoid(logits_h) * sigmoid(logits_w). It saves x and nothing else of its size, and backward reads x once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, logits_h: Tensor, logits_w: Tensor) -> Tensor:
@@ -193,8 +193,8 @@ def _gated(x: Tensor, a_h: Tensor, a_w: Tensor, inplace: bool = False) -> Tensor
 
 
 def _logits(z: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, groups: int, eps: float) -> Tensor:
-    """`strip_logits`, by the faster way back."""
-    # taps that reach past either end from everywhere: with them, strips of two leave oneDNN and take 27 times as long
+    """`strip_logits`, with a faster backward pass."""
+    # Drop taps that only ever see padding: with them, strips of length 2 run 27 times slower.
     spare = max(0, conv_weight.shape[2] // 2 + 1 - max(1, z.shape[2]))
     conv_weight = conv_weight[..., spare:conv_weight.shape[2] - spare]
     if conv_weight.shape[1] == 1 and z.device.type == 'cpu':
@@ -204,8 +204,8 @@ def _logits(z: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tens
 
 
 def _both_logits(x: Tensor, z_h: Tensor, z_w: Tensor, *args: Any) -> list[Tensor]:
-    """The logits of both gates of x in its layout, in one batch where the strips are of one length."""
-    # of length 1 they go alone: GroupNorm refuses a single value, but not two samples of one
+    """The logits of both gates in the memory format of x, in one batch if the strips have the same length."""
+    # Do not batch strips of length 1: GroupNorm's single-value error would vanish.
     if z_h.shape == z_w.shape and z_h.shape[2] > 1:
         both = torch.cat([z_h.unsqueeze(2), z_w.unsqueeze(2)]).squeeze(2)  # of 4-D strips, cat keeps the layout
         return list(_lay_out(_logits(both, *args), x).chunk(2))
