@@ -126,7 +126,7 @@ torchrun --nproc-per-node 8 train.py --data-dir IMAGENET --model {model.name} \\
 
 
 def models_table() -> str:
-    """Returns the README's table: a backbone a line, with the parameters of its ELA models in millions."""
+    """Returns the README's tables: a backbone a line, with the parameters of its ELA models in millions, and ELSA."""
     counts = read_counts()
     sizes = [layer for layer in ATTN_LAYERS.values() if layer.tag == 'ela']
     rows = []
@@ -136,7 +136,12 @@ def models_table() -> str:
         rows.append([
             f'[`{prefix}`](weights_cards/{base}.md)', f'{counts[base].params / 1e6:.3f}',
             *(f'{counts[names[layer.suffix]].params / 1e6:.3f}' for layer in sizes)])
-    return table(['prefix', 'plain', *(f'`_{layer.suffix}`' for layer in sizes)], rows)
+    elsa = [
+        [f'[`{model.name}`](weights_cards/{model.name}.md)',
+         *(f'{counts[name].params / 1e6:.3f}' for name in (model.base, model.name))] for model in ELSA_MODELS]
+    return '\n\n'.join([
+        table(['prefix', 'plain', *(f'`_{layer.suffix}`' for layer in sizes)], rows),
+        table(['model', 'plain Swin', 'with ELSA'], elsa)])
 
 
 def write_all(root: Path) -> None:
