@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 ECOSYSTEM := .venv-ecosystem
 
-.PHONY: demo test lint types ecosystem compat conformance cards study study-smoke bench
+.PHONY: demo test lint types ecosystem compat conformance cards study study-smoke study-gates bench
 
 demo: $(DEMO)
 	$(BIN)/python tests/demo.py
@@ -49,7 +49,12 @@ study: $(INSTALLED)
 
 study-smoke: $(INSTALLED)
 	$(RUN_STUDY) --output output/study-smoke \
-		--images 100 --epochs 2 --seeds 2 --arms plain ela_b $(STUDY)
+		--images 100 --epochs 2 --seeds 1 --img-size 64 --arms plain ela_b $(STUDY)
+
+# How far the gates of the study's ELA arms moved, and what they add. RUNS: --output of the study.
+RUNS ?= output/study
+study-gates: $(INSTALLED)
+	$(BIN)/python weights_cards/studies/gates.py '$(DATA)' --runs '$(RUNS)'
 
 # Speed beside the plain models, about 12 minutes on two idle cores. BENCH: other options of bench_models.py.
 bench: $(INSTALLED)

@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from helpers import ROOT, run
 from PIL import Image
 from safetensors.torch import load_file
 
 from timm_ela import ATTN_LAYERS
+from timm_ela.hub.publish import convert_checkpoint
 
 STUDIES = ROOT / 'weights_cards' / 'studies'
 sys.path.insert(0, str(STUDIES))
-import report  # noqa: E402  not of the package
+import gates  # noqa: E402  not of the package
+import report  # noqa: E402
 
 RUN = {
     'params': 4_000_000, 'train_images_per_second': 60.0, 'train_images': 50_000, 'test_images': 10_000, 'epochs': 3,
@@ -85,6 +88,12 @@ def test_a_sentence_claims_no_more_than_the_corrected_test(page):
     assert re.search(r'^- Squeeze-and-Excitation is 0.67 points above .*: nothing is shown\.$', text, re.M)
 
 
+def test_the_page_marks_the_earlier_study_as_one_of_a_short_schedule(page):
+    earlier = page(table(TOP1)).split('## An earlier study, from scratch')[1]
+    rows = pd.read_csv(STUDIES / 'short-schedule' / 'cifar10.csv').query('start == "scratch" and attention == "ela_b"')
+    assert f'ELA-B {rows.top1.mean():.1f} %' in earlier and 'numbers of a short schedule' in earlier
+
+
 def test_the_picture_is_not_blank(page, tmp_path):
     assert '](data.png)' in page(table(TOP1))
     with Image.open(tmp_path / 'data.png') as picture:
@@ -93,6 +102,10 @@ def test_the_picture_is_not_blank(page, tmp_path):
 
 def test_the_studies_that_ship_are_the_pages_of_their_tables(tmp_path):
     for path in STUDIES.glob('*.csv'):
+        if path.stem.endswith('.gates'):
+            text = gates.page(pd.read_csv(path), path.stem.removesuffix('.gates'))
+            assert text == path.with_suffix('.md').read_text()
+            continue
         report.write_report(pd.read_csv(path), tmp_path / path.name)
         for written in (path.name, f'{path.stem}.md'):
             assert (tmp_path / written).read_text() == (STUDIES / written).read_text()
@@ -108,16 +121,39 @@ def test_a_folder_that_is_not_there_is_named_before_anything_runs(tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_two_models_of_a_seed_draw_the_same_numbers_after_they_are_made(tmp_path):
-    """And see the same images: train.py's loader and its workers draw from the generator from then on."""
-    script = tmp_path / 'train.py'
-    script.write_text(
-        'import sys, random, numpy, torch\nfrom timm.models import create_model\n'
-        'from timm.utils import random_seed\nrandom_seed(int(sys.argv[sys.argv.index("--seed") + 1]))\n'
-        'create_model(sys.argv[1])\nprint(torch.randperm(9).tolist(), random.random(), numpy.random.rand())\n')
-    command = [sys.executable, STUDIES / 'paired_train.py', script]
-    plain, ours = (run([*command, name, '--seed', '3']).stdout for name in ('resnet18', 'resnet18_ela_b'))
-    assert plain == ours != run([*command, 'resnet18', '--seed', '4']).stdout
+def test_gates_are_measured_over_images_channels_and_positions_by_stage(randomize):
+    model = randomize(timm.create_model('tf_efficientnet_lite0_ela_b')).eval()
+    images = torch.randn(3, 3, 64, 96)
+    maps = {}
+    for name, module in model.named_modules():
+        if name.startswith('blocks.2.') and name.endswith('.se'):
+            module.register_forward_pre_hook(
+                lambda m, args, name=name: maps.update({name: torch.einsum('nch,ncw->nchw', *m.gates(args[0]))}))
+    with torch.no_grad():
+        model(images)
+    # each channel of each module counts once: their widths are alike, their sizes are not
+    means = torch.cat([v.double().mean((2, 3)).flatten() for v in maps.values()])
+    squares = torch.cat([v.double().square().mean((2, 3)).flatten() for v in maps.values()])
+    measured = gates.measure_gates(model, [(images[:2], None), (images[2:], None)])
+    assert sorted(measured) == [1, 2, 3, 4, 5, 6] and len(maps) == 2
+    variance = squares.mean() - means.mean() ** 2
+    assert measured[2] == pytest.approx((means.mean().item(), variance.sqrt().item()), rel=1e-4)
+
+
+def test_frozen_gates_are_a_quarter_everywhere_and_the_trained_ones_stay(randomize):
+    model = randomize(timm.create_model('tf_efficientnet_lite0_ela_s')).eval()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    loader = [(torch.randn(2, 3, 64, 96), None)]
+    assert set(gates.measure_gates(gates.freeze(model), loader).values()) == {(0.25, 0.0)}
+    assert all(spread > 0.01 for _, spread in gates.measure_gates(model, loader).values())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_the_page_of_the_gates_tells_how_far_they_moved_and_what_they_add():
+    rows = [{'arm': 'ela_b', 'seed': seed, 'stage': stage, 'mean': 0.25 + 0.01 * stage, 'spread': 0.1, 'images': 8,
+             'top1': 90 + seed, 'top1_frozen': 88, 'test_images': 9} for seed in (0, 1) for stage in (1, 2)]
+    expected = ['2', '90.50', '88.00', '-2.50', '+0.010, 0.100', '+0.020, 0.100']
+    assert cells(gates.page(pd.DataFrame(rows), 'data'), 'ELA-B') == expected
 
 
 @pytest.fixture
@@ -132,6 +168,61 @@ def pictures(tmp_path):
                 image = Image.fromarray(pixels.clip(0, 255).astype('uint8'))
                 image.save(tmp_path / 'tints' / split / name / f'{i}.png')
     return tmp_path / 'tints'
+
+
+def write_loop(path: Path) -> Path:
+    """Writes what train.py does to its images: it seeds, makes a model, and prints the batches of epochs from START."""
+    path.write_text("""
+import sys
+from timm.data import create_dataset, create_loader
+from timm.models import create_model
+from timm.utils import random_seed
+model, data, start = sys.argv[1:4]
+random_seed(int(sys.argv[sys.argv.index('--seed') + 1]))
+create_model(model)
+dataset = create_dataset('', data, split='train')
+loader = create_loader(dataset, (3, 32, 32), 8, is_training=True, num_workers=2, use_prefetcher=False)
+for epoch in range(int(start), 3):
+    loader.sampler.set_epoch(epoch)
+    print([(y.tolist(), x.double().sum((1, 2, 3)).tolist()) for x, y in loader])
+""")
+    return path
+
+
+def test_two_models_of_a_seed_see_the_same_augmented_images_in_every_epoch_and_after_a_resume(pictures, tmp_path):
+    def batches(model: str, seed: int = 3, start: int = 0) -> list[str]:
+        loop = write_loop(tmp_path / 'loop.py')
+        command = [sys.executable, STUDIES / 'paired_train.py', loop, model, pictures, start, '--seed', seed]
+        return run(command).stdout.splitlines()
+
+    plain = batches('resnet18')
+    assert len({*plain}) == 3  # each epoch has an order of its own
+    assert batches('resnet18_ela_b') == plain
+    assert batches('resnet18_ela_b', start=1) == plain[1:]
+    assert not {*batches('resnet18', seed=4)} & {*plain}
+
+
+@pytest.mark.skipif(
+    'TIMM_SCRIPTS' not in os.environ, reason='TIMM_SCRIPTS is not set: the folder of timm\'s train.py and its like')
+def test_two_arms_that_do_not_learn_have_the_same_losses_to_the_digit(pictures, tmp_path):
+    """They stay the network they started as: the losses of train.py are the same if and only if the images are."""
+    model = timm.create_model('tf_efficientnet_lite0', num_classes=3)
+    torch.save(model.state_dict(), tmp_path / 'plain.pth')
+    convert_checkpoint(tmp_path / 'plain.pth', 'tf_efficientnet_lite0_ela_b', tmp_path / 'start')
+    train = [sys.executable, STUDIES / 'paired_train.py', Path(os.environ['TIMM_SCRIPTS']).resolve() / 'train.py']
+
+    def losses(model: str, start: Path, seed: int) -> list[float]:
+        name = f'{model}.{seed}'
+        run([*train, '--data-dir', pictures, '--val-split', 'test', '--model', model, '--initial-checkpoint', start,
+             '--num-classes', 3, '--img-size', 32, '--batch-size', 20, '--epochs', 2, '--warmup-epochs', 0,
+             '--lr', 1e-30, '--workers', 2, '--device', 'cpu', '--seed', seed,
+             '--output', tmp_path, '--experiment', name])
+        return list(pd.read_csv(tmp_path / name / 'summary.csv').train_loss)
+
+    plain = losses('tf_efficientnet_lite0', tmp_path / 'plain.pth', seed=0)
+    assert plain[0] != plain[1]
+    assert losses('tf_efficientnet_lite0_ela_b', tmp_path / 'start' / 'model.safetensors', seed=0) == plain
+    assert losses('tf_efficientnet_lite0', tmp_path / 'plain.pth', seed=1) != plain
 
 
 @pytest.mark.skipif(
@@ -157,18 +248,28 @@ def test_a_study_starts_all_arms_from_one_network_runs_once_and_goes_on_where_it
     losses = [re.search(r'Train: 0 \[ +0/.*?Loss: ([\d.]+)', (folder / 'log').read_text())[1] for folder in folders]
     assert losses[0] == losses[1]
 
+    run([sys.executable, STUDIES / 'gates.py', pictures, '--runs', out])
+    learnt = pd.read_csv(out / 'tints.gates.csv')
+    assert list(learnt.stage) == [1, 2, 3, 4, 5, 6] and (learnt.spread > 0).all()
+    assert (learnt.top1 == rows.top1[1]).all() and (learnt.test_images == 24).all()
+    with Image.open(out / 'tints.gates.webp') as picture:
+        assert np.asarray(picture.convert('L')).std() > 10
+
     logs = {folder: (folder / 'log').read_text() for folder in folders}
     pd.testing.assert_frame_equal(go(), rows)
     assert logs == {folder: (folder / 'log').read_text() for folder in folders}
 
-    # the second epoch was cut off, after its line in summary.csv and before its checkpoint
-    (folders[0] / 'validate.json').unlink()
-    checkpoint = torch.load(folders[0] / 'checkpoint-1.pth.tar', weights_only=False)
-    (folders[0] / 'checkpoint-1.pth.tar').unlink()
-    torch.save({**checkpoint, 'epoch': 0}, folders[0] / 'last.pth.tar')
+    # the second epoch was cut off: what train.py left is the first one's checkpoint
+    before = torch.load(folders[1] / 'checkpoint-1.pth.tar', weights_only=False)['state_dict']
+    (folders[1] / 'validate.json').unlink()
+    for name in ('checkpoint-1', 'last'):
+        (folders[1] / f'{name}.pth.tar').unlink()
+    (folders[1] / 'last.pth.tar').hardlink_to(folders[1] / 'checkpoint-0.pth.tar')
     go()
-    added = (folders[0] / 'log').read_text().removeprefix(logs[folders[0]])
+    added = (folders[1] / 'log').read_text().removeprefix(logs[folders[1]])
     assert 'Train: 1 [' in added and 'Train: 0 [' not in added
+    after = torch.load(folders[1] / 'checkpoint-1.pth.tar', weights_only=False)['state_dict']
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
 
     done = study(pictures, *common, '--epochs', 3, '--arms', 'plain', exit_code=1)
     assert 'has epochs 2, not 3: choose another --output' in done.stderr

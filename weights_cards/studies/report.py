@@ -25,6 +25,15 @@ on the test split, in percent. Empty cells were not run.
 - Difference: paired by seed, with its 95 % interval (Student's t). p: paired t-test, corrected by Holm for the number
   of arms. Training images/s: forward and backward, all arms in turn in one process.
 """
+SHORT = """\
+## An earlier study, from scratch
+
+Top-1 of {backbone}, trained from scratch for {epochs} epochs on {train_images} images at {img_size} px, means over the
+seeds: {means}.
+
+These are numbers of a short schedule, and its seeds are no pairs. So far from convergence, they tell how fast a layer
+learns, not how good it is. [Its page](short-schedule/cifar10.md) has the rest.
+"""
 
 
 def holm(p: pd.Series) -> pd.Series:
@@ -67,7 +76,15 @@ def cells(arm: str, line: pd.Series) -> list[str]:
     if pd.notna(line.get('difference')):
         difference, p = f'{line.difference:+.2f} [{line.low:+.2f}, {line.high:+.2f}]', f'{line.p:.2f}'
     return [TITLES[arm], f'{int(line.n)}', f'{line["mean"]:.2f}{deviation}', difference, p, f'{int(line.params):,}',
-            f'{line.train_images_per_second:.0f}']
+            f'{line.train_images_per_second:.0f}' if pd.notna(line.train_images_per_second) else '']
+
+
+def short_schedule() -> str:
+    """A paragraph on the earlier study, read from its table."""
+    table = pd.read_csv(Path(__file__).with_name('short-schedule') / 'cifar10.csv').query('start == "scratch"')
+    mean = table.groupby('attention').top1.mean()
+    means = ', '.join(f'{TITLES[arm]} {mean[arm]:.1f} %' for arm in ARMS if arm in mean)
+    return SHORT.format(means=means, **table.iloc[0])
 
 
 def page(table: pd.DataFrame, name: str) -> str:
@@ -81,7 +98,8 @@ def page(table: pd.DataFrame, name: str) -> str:
         INTRO.format(name=name, **values),
         '\n'.join(f'| {" | ".join(row)} |' for row in rows),
         '\n'.join(f'- {sentence}' for sentence in said),
-        f'![Accuracy against parameters and against training speed]({name}.png)']
+        f'![Accuracy against parameters and against training speed]({name}.png)',
+        short_schedule()]
     return '\n\n'.join(part.strip() for part in parts if part) + '\n'
 
 

@@ -131,14 +131,15 @@ def train(args: argparse.Namespace, run: Run, folder: Path, lock: int) -> None:
     """Trains, or goes on training, and validates the last epoch's weights."""
     data = {'data-dir': args.data, 'model': run.model, 'num-classes': len(args.classes), 'device': args.device,
             'img-size': args.img_size, 'workers': args.workers}
+    # train.py looks at no test image, and keeps each epoch's checkpoint: a run that was cut off goes on from its last
     log, last = folder / 'log', folder / f'checkpoint-{args.epochs - 1}.pth.tar'
     if not last.exists():
         resumed = folder / 'last.pth.tar'
         start = {'resume': resumed} if resumed.exists() else {'initial-checkpoint': write_start(args, run, folder)}
         execute([
             sys.executable, Path(__file__).with_name('paired_train.py'), args.scripts / 'train.py', *options({
-                **data, 'val-split': 'test', **RECIPE, 'epochs': args.epochs, 'seed': run.seed, **start,
-                'val-interval': args.epochs, 'checkpoint-hist': 2, 'log-interval': 500, 'output': folder.parent,
+                **data, 'val-split': '', **RECIPE, 'epochs': args.epochs, 'seed': run.seed, **start,
+                'checkpoint-hist': args.epochs, 'log-interval': 500, 'output': folder.parent,
                 'experiment': folder.name}), *FLAGS], log, args.threads, (lock,))
         if not last.exists():
             raise RuntimeError(f'train.py was interrupted: {log}')
@@ -182,7 +183,7 @@ def split(data: Path, out: Path, per_class: int) -> Path:
 def measure_speeds(args: argparse.Namespace, repeats: int = 15) -> dict[str, float]:
     """Training images a second of each arm: forward and backward in turn, medians."""
     file = args.output / 'speed.json'
-    if not file.exists():
+    if not file.exists() or not {*args.arms} <= json.loads(file.read_text()).keys():
         x = torch.randn(RECIPE['batch-size'], 3, args.img_size, args.img_size, device=args.device)
         x = x.to(memory_format=torch.channels_last)
         models = {

@@ -1,0 +1,175 @@
+"""Does the gate learn? How far the gates of a study's ELA arms moved from a fresh graft's 1/4, and what they add.
+
+    python weights_cards/studies/gates.py DATA --runs output/study
+
+Reads the runs of study.py. Writes `<data>.gates.csv`, one row for each run and stage, and from it `<data>.gates.md`;
+and `<data>.gates.webp`, the gates of one run on three photographs.
+"""
+import argparse
+import copy
+from collections import defaultdict
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import pandas as pd
+import timm
+import torch
+import yaml
+from PIL import Image
+from report import TITLES
+from timm.data import create_dataset, create_transform, resolve_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from timm_ela import EfficientLocalAttention, plot_attention
+from timm_ela.models.registry import MODELS
+
+PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee')  # of scikit-image
+INTRO = """\
+# Gates of ELA on {name}
+
+Every row of [{name}.gates.csv]({name}.gates.csv) is a stage of one run of the [study]({name}.md). A gate is a_h * a_w;
+it starts at exactly 1/4. `moved` is the mean of the gates over images, channels and positions, less 1/4; `spread` is
+their standard deviation. Both are measured on {images} test images, and are means over the seeds.
+
+Frozen: the same weights with every gate set back to 1/4, and nothing trained again. The difference is what the other
+weights miss without the gates that they were trained with. It is not what a model without gates reaches: that is the
+plain arm of the study. Top-1 is measured on {test_images} test images.
+"""
+
+
+def moments(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (N, C) of a gate (N, C, L) and of its square."""
+    a = a.double()
+    return a.mean(2), a.square().mean(2)
+
+
+@torch.inference_mode()
+def measure_gates(model: nn.Module, loader: DataLoader) -> dict[int, tuple[float, float]]:
+    """Mean and standard deviation of a_h * a_w over images, channels and positions, by stage.
+
+    A stage is an entry of the model's `blocks`. Modules of a stage count by their channels.
+    """
+    products: dict[int, list[Tensor]] = defaultdict(list)
+
+    def keep(stage: int, module: EfficientLocalAttention, args: tuple[Tensor]) -> None:
+        # a_h depends on the row alone and a_w on the column alone: the mean of the product is that of the means
+        (h, hh), (w, ww) = (moments(gate) for gate in module.gates(args[0]))
+        products[stage].append(torch.stack([h * w, hh * ww]).flatten(1))
+
+    hooks = [
+        module.register_forward_pre_hook(partial(keep, int(name.split('.')[1])))
+        for name, module in model.named_modules() if isinstance(module, EfficientLocalAttention)]
+    for x, _ in loader:
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    means = {stage: torch.cat(values, 1).mean(1).tolist() for stage, values in products.items()}
+    return {stage: (mean, max(0., square - mean ** 2) ** 0.5) for stage, (mean, square) in means.items()}
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """A copy of a model whose attention layers are at their neutral point: for ELA, every gate is 1/4."""
+    frozen = copy.deepcopy(model)
+    neutral = MODELS[model.pretrained_cfg['architecture']].layer.neutral
+    assert neutral is not None
+    for module in frozen.modules():
+        if isinstance(module, EfficientLocalAttention):
+            for name in neutral.zeroed:
+                nn.init.zeros_(module.get_parameter(name))
+    return frozen
+
+
+@torch.inference_mode()
+def measure_top1(models: list[nn.Module], loader: DataLoader) -> list[float]:
+    """Top-1 accuracy of each model, in percent."""
+    right = torch.stack([
+        torch.stack([model(x).argmax(1) == y for model in models]).sum(1) for x, y in loader]).sum(0)
+    return [round(100 * n / len(loader.dataset), 4) for n in right.tolist()]
+
+
+def spaced(dataset, number: int) -> Subset:
+    """Images at equal distances: they stand in the order of their classes."""
+    number = min(number, len(dataset))
+    return Subset(dataset, [i * len(dataset) // number for i in range(number)])
+
+
+def measure_run(folder: Path, data: Path, images: int, test_images: int) -> tuple[nn.Module, list[dict[str, object]]]:
+    """The model of a run after its last epoch, and its rows."""
+    used = yaml.safe_load((folder / 'args.yaml').read_text())
+    model = timm.create_model(
+        used['model'], num_classes=used['num_classes'],
+        checkpoint_path=str(folder / f'checkpoint-{used["epochs"] - 1}.pth.tar')).eval()
+    config = resolve_data_config({'img_size': used['img_size'], 'crop_pct': used['crop_pct']}, model=model)
+    model.pretrained_cfg.update({k: config[k] for k in ('input_size', 'crop_pct')})  # the plot's, too
+    test = create_dataset('', data, split='test', transform=create_transform(**config))
+
+    gates = measure_gates(model, DataLoader(spaced(test, images), 64))
+    tested = spaced(test, test_images)
+    top1, frozen = measure_top1([model, freeze(model)], DataLoader(tested, 128))
+    arm = MODELS[used['model']].layer.suffix
+    return model, [
+        {'arm': arm, 'model': used['model'], 'seed': used['seed'], 'stage': stage, 'mean': round(mean, 5),
+         'spread': round(spread, 5), 'images': min(images, len(test)), 'top1': top1, 'top1_frozen': frozen,
+         'test_images': len(tested)} for stage, (mean, spread) in sorted(gates.items())]
+
+
+def page(table: pd.DataFrame, name: str) -> str:
+    """The page of the gates, all of it read from the table."""
+    stages = sorted(table.stage.unique())
+    header = ['attention', 'n', 'top-1 (%)', 'frozen at 1/4', 'difference',
+              *(f'stage {stage}: moved, spread' for stage in stages)]
+    rows = [header, ['---', *['---:'] * (len(header) - 1)]]
+    for arm in (arm for arm in TITLES if arm in set(table.arm)):
+        here = table[table.arm == arm]
+        runs, by_stage = here.groupby('seed').first(), here.groupby('stage')[['mean', 'spread']].mean()
+        rows.append([
+            TITLES[arm], str(len(runs)), f'{runs.top1.mean():.2f}', f'{runs.top1_frozen.mean():.2f}',
+            f'{(runs.top1_frozen - runs.top1).mean():+.2f}',
+            *(f'{by_stage["mean"][s] - 0.25:+.3f}, {by_stage.spread[s]:.3f}' for s in stages)])
+    intro = INTRO.format(name=name, images=table.images.max(), test_images=table.test_images.max())
+    lines = '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+    return f'{intro}\n{lines}\n\n![Gates on three photographs]({name}.gates.webp)\n'
+
+
+def draw(model: nn.Module, path: Path) -> None:
+    """Writes the gates of a model on three photographs, one below the other."""
+    from skimage import data as photographs
+
+    pictures = []
+    for name in PHOTOGRAPHS:
+        file = BytesIO()
+        plot_attention(Image.fromarray(getattr(photographs, name)()), model).savefig(file, format='png', dpi=100)
+        pictures.append(Image.open(file).convert('RGB'))
+    whole = Image.new('RGB', (max(p.width for p in pictures), sum(p.height for p in pictures)), 'white')
+    for i, picture in enumerate(pictures):
+        whole.paste(picture, (0, sum(p.height for p in pictures[:i])))
+    whole.save(path, quality=85)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data', type=Path, help='image folder with test/')
+    parser.add_argument('--runs', type=Path, default=Path('output/study'), help='--output of study.py')
+    parser.add_argument('--images', type=int, default=512, help='test images that the gates are measured on')
+    parser.add_argument('--test-images', type=int, default=10000, help='test images that top-1 is measured on')
+    parser.add_argument('--draw', default='ela_b', help='arm whose gates are drawn, of the first seed')
+    args = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    drawn = None
+    for folder in sorted(path.parent for path in args.runs.glob('*_ela_*.seed*/validate.json')):
+        model, of_run = measure_run(folder, args.data, args.images, args.test_images)
+        rows += of_run
+        drawn = drawn or (model if of_run[0]['arm'] == args.draw else None)
+        print(f'{folder.name}: done', flush=True)
+    if drawn is None:
+        parser.error(f'there is no finished run of {args.draw} in {args.runs}')
+    path = args.runs / f'{args.data.name}.gates'
+    pd.DataFrame(rows).to_csv(f'{path}.csv', index=False, lineterminator='\n')
+    Path(f'{path}.md').write_text(page(pd.read_csv(f'{path}.csv'), args.data.name), encoding='utf-8')
+    draw(drawn, Path(f'{path}.webp'))
+
+
+if __name__ == '__main__':
+    main()
