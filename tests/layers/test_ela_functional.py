@@ -325,6 +325,11 @@ def test_timms_layer_of_the_same_name_is_left_as_it_is():
     assert type(create_attn('ela', 32)).__module__.startswith('timm.')
 
 
+def compiled(m, x):
+    torch.compiler.reset()  # other tests have compiled the same forward: PyTorch limits how often
+    return torch.compile(m, backend='eager', fullgraph=True)(x)
+
+
 NEVER_IN_PLACE = {
     'training': lambda m, x: m.train()(x),
     'default': lambda m, x: out_of_place(m)(x),
@@ -332,7 +337,7 @@ NEVER_IN_PLACE = {
     'channels': lambda m, x: m(torch.cat([x, x], 1).chunk(2, 1)[0]),
     'requires_grad': lambda m, x: m(x.requires_grad_()),
     'traced_by_fx': lambda m, x: torch.fx.symbolic_trace(m)(x),
-    'compiled': lambda m, x: torch.compile(m, backend='eager', fullgraph=True)(x),
+    'compiled': compiled,
     'exported': lambda m, x: torch.export.export(m, (x,)).module()(x),
 }
 
