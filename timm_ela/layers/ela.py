@@ -40,8 +40,9 @@ class EfficientLocalAttention(nn.Module):
 
     With `inplace=True` the module writes its output into its input in eval mode, as timm's models let their activations
     do, to save a second map. It does so only in eager mode, if no graph is recorded and the input is neither a view nor
-    requires a gradient. Whoever keeps the input, such as a forward hook on the layer before, then sees it gated; hooks
-    on the module itself do, too.
+    requires a gradient (in inference mode PyTorch records no views: there, an alias of the whole input is written to as
+    well). Whoever keeps the input, such as a forward hook on the layer before, then sees it gated; hooks on the module
+    itself do, too.
 
     Source: `ELA: Efficient Local Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2403.01123
     """
