@@ -64,7 +64,7 @@ def expected_gates(model, image, names):
     """The formula, from what reaches the modules: (mean a_h * a_w, mean a_h, mean a_w) of each."""
     inputs = {}
     for name in names:
-        model.get_submodule(name).register_forward_hook(lambda m, args, out: inputs.update({m: args[0]}))
+        model.get_submodule(name).register_forward_pre_hook(lambda m, args: inputs.update({m: args[0].clone()}))
     transform = create_transform(**resolve_model_data_config(model))
     with torch.no_grad():
         model(transform(image)[None])
@@ -93,7 +93,7 @@ def test_a_single_channel_can_be_drawn(image):
     model = make_model()
     figure = plot_attention(image, model, [2], channel=5)
     inputs = []
-    model.layer2[1].se.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+    model.layer2[1].se.register_forward_pre_hook(lambda m, args: inputs.append(args[0].clone()))
     model(create_transform(**resolve_model_data_config(model))(image)[None])
     a_h, a_w = (a[0, 5].detach() for a in model.layer2[1].se.gates(inputs[0]))
     (_, gate, rows, columns), = panels(figure)
