@@ -92,6 +92,7 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, format='%(message)s')
     _logger.setLevel(logging.INFO)
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # one forward is compiled for each model and batch size
     rows = []
     for base in args.bases:
         names = [base, *(f'{BASES[base]}_{suffix}' for suffix in ATTENTION)]

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-EXTRA = "needs pip install 'timm-ela[ecosystem]'"
+EXTRA = "needs pip install '.[ecosystem]'"
 SIZES = '((1, 3, 64, 96), (3, 3, 160, 128), (2, 3, 81, 115))'
 
 

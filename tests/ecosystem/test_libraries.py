@@ -1,7 +1,7 @@
 """Libraries that take a timm model by name: segmentation_models_pytorch, torchvision, transformers."""
 import pytest
 
-EXTRA = "needs pip install 'timm-ela[ecosystem]'"
+EXTRA = "needs pip install '.[ecosystem]'"
 
 
 def test_segmentation_models_pytorch(execute):
