@@ -46,7 +46,7 @@ def _list(args: argparse.Namespace) -> None:
         for row in of_layer:
             tags = row['tags'] if args.tags else row['tags'][:1]
             more = f' (+{len(row["tags"]) - 1})' if len(row['tags']) > len(tags) else ''
-            counts = f'{row["params"] / 1e6:8.3f} M params  {row["macs"] / 1e9:7.3f} G mult-adds'
+            counts = f'{row["params"] / 1e6:8.3f} M params  {row["macs"] / 1e9:7.3f} G multiply-adds'
             print(f'  {row["name"]:{width}}  {counts}  {" ".join(tags)}{more}'.rstrip())
 
 
@@ -66,7 +66,7 @@ def _convert(args: argparse.Namespace) -> None:
         args.source, args.model, args.out_dir, tag=args.tag, ema=args.ema, class_names=args.class_names,
         license=args.license, force=args.force)
     num_classes = json.loads((out_dir / 'config.json').read_text())['num_classes']
-    print(f'Wrote {out_dir}: train.py --model {args.model} --num-classes {num_classes} '
+    print(f'Wrote {out_dir}. Train it with: train.py --model {args.model} --num-classes {num_classes} '
           f'--initial-checkpoint {out_dir}/model.safetensors ...')
 
 
@@ -79,7 +79,7 @@ def _export(args: argparse.Namespace) -> None:
     from .hub.publish import export_run
 
     out_dir = export_run(args.run_dir, args.out_dir, force=args.force, **_export_options(args))
-    print(f"Wrote {out_dir}: timm.create_model('local-dir:{out_dir}', pretrained=True)")
+    print(f"Wrote {out_dir}. Load it with: timm.create_model('local-dir:{out_dir}', pretrained=True)")
 
 
 def _push(args: argparse.Namespace) -> None:
@@ -91,7 +91,8 @@ def _push(args: argparse.Namespace) -> None:
         return
     defaults = _export_options(_parser().parse_args(['push', args.folder, args.repo_id]))
     if given := [name for name, value in options.items() if value != defaults[name]]:
-        raise ValueError(f'{args.folder} is no run, so {", ".join(given)} cannot be set: give them to export.')
+        names = ', '.join(given)
+        raise ValueError(f'{args.folder} is not a train.py run, so {names} cannot be set: use them with export.')
     print(push_folder(args.folder, args.repo_id, private=args.private))
 
 
@@ -111,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--debug', action='store_true', help='show the traceback of an error')
     weights = argparse.ArgumentParser(add_help=False)
-    weights.add_argument('--tag', help='tag of the weights, as in MODEL.TAG (default: from the dataset)')
+    weights.add_argument(
+        '--tag', help='tag of the weights, as in MODEL.TAG (default: the dataset, or custom if converted)')
     weights.add_argument('--no-ema', dest='ema', action='store_false', help='take the raw weights, not their average')
     weights.add_argument('--class-names', metavar='FILE', help='text file with one class name a line')
     weights.add_argument('--license', help='licence of the weights, such as apache-2.0; the card states it')
@@ -139,20 +141,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('args', nargs=argparse.REMAINDER, help='its arguments')
 
     sub = command(
-        _convert, 'convert', 'graft a plain checkpoint, or rename an author\'s, and write it as a folder',
+        _convert, 'convert', 'write a plain checkpoint (grafted) or an author\'s (renamed) as a model folder',
         'resnet50.pth --model resnet50_ela_b grafted', weights)
     sub.add_argument(
-        'source', metavar='checkpoint', help='.pth.tar of train.py, .pth or .safetensors of the plain model')
+        'source', metavar='checkpoint', help='.pth.tar of train.py, .pth or .safetensors')
     sub.add_argument('out_dir', help='folder to write')
-    sub.add_argument('--model', required=True, help='model of ours')
-    sub.add_argument('--force', action='store_true', help='replace the folder')
+    sub.add_argument('--model', required=True, help='model of timm_ela')
+    sub.add_argument('--force', action='store_true', help='replace the folder and all that is in it')
 
     sub = command(
         _export, 'export', 'write a run of train.py as a folder of weights, config and card',
         'output/train/my-run my-model --tag flowers', weights, run)
     sub.add_argument('run_dir', help='output folder of train.py')
     sub.add_argument('out_dir', help='folder to write')
-    sub.add_argument('--force', action='store_true', help='replace the folder')
+    sub.add_argument('--force', action='store_true', help='replace the folder and all that is in it')
 
     sub = command(
         _push, 'push', 'upload a folder, or a run of train.py, to the Hub in one commit', 'my-model me/my-model',
@@ -162,13 +164,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--private', action='store_true', help='create it private')
 
     sub = command(
-        _plot, 'plot', 'draw a model\'s attention on a picture', 'cat.png --model local-dir:my-model -o attention.png')
+        _plot, 'plot', 'draw an ELA model\'s gates beside a picture',
+        'cat.png --model local-dir:my-model -o attention.png')
     sub.add_argument('image', help='picture')
     sub.add_argument('--model', required=True, help='model name, hf-hub:OWNER/NAME or local-dir:FOLDER')
     sub.add_argument('-o', '--output', default='attention.png', help='picture to write (default: %(default)s)')
-    sub.add_argument('--stages', type=int, nargs='+', metavar='N', help='stages to draw (default: all)')
-    sub.add_argument('--channel', type=int, metavar='N', help='channel to draw (default: the mean over all)')
-    sub.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='random weights')
+    sub.add_argument('--stages', type=int, nargs='+', metavar='N', help='stages to draw, from 0 (default: all)')
+    sub.add_argument('--channel', type=int, metavar='N', help='channel to draw, from 0 (default: the mean over all)')
+    sub.add_argument(
+        '--no-pretrained', dest='pretrained', action='store_false',
+        help='random weights (hf-hub: and local-dir: load theirs anyway)')
     return parser
 
 
@@ -187,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     except (Exception, KeyboardInterrupt) as error:  # the outermost place: every error becomes one line
         if args.debug:
             raise
-        line = ' '.join(str(error).split()) or repr(error)
+        line = ' '.join(str(error).split()) or ('interrupted' if isinstance(error, KeyboardInterrupt) else repr(error))
     # Only now are the frames of the error gone, and with them an upload's progress bar, which leaves a blanked line.
     start = '\r' if args.command == 'push' else ''
     print(f'{start}timm-ela {args.command}: error: {line}', file=sys.stderr)

@@ -53,7 +53,7 @@ class _Panel(NamedTuple):
 
 
 def _stages(model: nn.Module) -> dict[int, str]:
-    """Names the last ELA module of each stage. A stage leads to one entry of timm's `feature_info`."""
+    """Names the last ELA module of each stage. Stage i ends at entry i of timm's `feature_info`."""
     names = [name for name, _ in model.named_modules()]
     features = [info['module'] for info in getattr(model, 'feature_info', ())]
     ends = [max((i for i, n in enumerate(names) if f'{n}.'.startswith(f'{f}.')), default=len(names)) for f in features]
@@ -217,12 +217,12 @@ def plot_attention(
         channel: Channel to show, from 0; by default the mean over all.
 
     Returns:
-        The figure, free of pyplot's state.
+        The figure, which is not registered with pyplot.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        ValueError: If the image cannot be read, or the model has no ELA, no such stage or channel, or another number of
-            classes.
+        ValueError: If the image cannot be read, or the model has no ELA, no such stage or channel, or class_names has
+            the wrong length.
     """
     figure_class()
     cfg, names = getattr(model, 'pretrained_cfg', {}), _stages(model)
@@ -283,7 +283,7 @@ def plot_file(
         ModuleNotFoundError: If matplotlib is not installed.
         OSError: If the output cannot be written.
         RuntimeError: If timm does not know the model or has no weights for it.
-        ValueError: As in `plot_attention`, if the output's suffix is no format, or if model_name is a folder.
+        ValueError: As in `plot_attention`, if the output's suffix is not an image format, or if model_name is a folder.
     """
     figure_class()
     opened = _open_image(image)  # both before a download

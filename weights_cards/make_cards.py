@@ -8,7 +8,7 @@ import torch
 from timm.models import get_arch_pretrained_cfgs
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_ela.hub.cards import card, card_data, citation
+from timm_ela.hub.cards import INSTALL, card, card_data, citation
 from timm_ela.layers.attn_layers import ATTN_LAYERS, ELSA
 from timm_ela.models.registry import MODELS, Counts, Model, read_counts
 
@@ -67,11 +67,12 @@ def backbone_card(base: str) -> str:
         f'# {base} with Efficient Local Attention, and with the layers that ELA is compared with',
         'ELA multiplies a feature map by two gates, one computed from the means of its rows and one from the means of '
         f'its columns ([paper]({models[0].layer.paper.url})). It has four sizes: t, b, s, l. The other layers stand in '
-        'the same place of each block, for comparison.',
+        'the same slot, for comparison.',
         '## Models',
         table(['model', 'attention', 'parameters', 'multiply-adds'], rows),
         'At 224 x 224 pixels with 1000 classes. Multiply-adds are those of convolutions and matrix products, by '
-        'torch\'s FlopCounterMode.',
+        'torch\'s FlopCounterMode; products element by element are not counted. Strip Pooling adds about 7 C^2 '
+        'parameters a block.',
         '## Weights',
         'Each tag grafts the plain weights that timm publishes onto the model, which then computes exactly what the '
         f'plain model does. The default is `{cfgs[0].tag}`.'
@@ -81,6 +82,7 @@ def backbone_card(base: str) -> str:
             ['tag', 'read from', 'licence'],
             [[f'`{cfg.tag}`', f'`{cfg.hf_hub_id}`', cfg.license or 'not stated'] for cfg in cfgs]),
         f"""```python
+# {INSTALL}   so that timm knows the models
 import timm
 
 model = timm.create_model('{grafted[1].name}.{cfgs[0].tag}', pretrained=True)

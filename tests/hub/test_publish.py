@@ -272,7 +272,7 @@ def test_a_plain_checkpoint_becomes_an_ela_checkpoint_that_computes_the_same(new
     model = load(folder)
     assert type(model).__name__ == 'EfficientNet' and model.num_classes == 7
     assert give_equal_logits(plain, model)
-    assert {path.name for path in folder.iterdir()} == FILES and 'untrained' in card(folder).text
+    assert {path.name for path in folder.iterdir()} == FILES and 'neutral' in card(folder).text
     fresh = timm.create_model(MODEL, num_classes=7)  # as `train.py --initial-checkpoint` loads it
     load_checkpoint(fresh, folder / 'model.safetensors', strict=True)
     assert have_equal_weights(fresh, model)
@@ -331,8 +331,8 @@ def test_a_folder_that_is_not_empty_is_replaced_only_by_force(new_model, write_r
 def test_force_never_deletes_what_is_read(new_model, write_run, tmp_path, out):
     run = write_run(new_model())
     files = sorted(tmp_path.rglob('*'))
-    with pytest.raises(FileExistsError, match='must stay'):
+    with pytest.raises(FileExistsError, match='would be deleted'):
         export_run(run, tmp_path / out, force=True)
-    with pytest.raises(FileExistsError, match='must stay'):
+    with pytest.raises(FileExistsError, match='would be deleted'):
         convert_checkpoint(run / 'last.pth.tar', MODEL, tmp_path / out, force=True)
     assert sorted(tmp_path.rglob('*')) == files

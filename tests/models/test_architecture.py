@@ -26,13 +26,14 @@ PUBLISHED = {
     'mobilenetv2_100': (3_504_872, 3_554_600, 3_568_808, 3_803_240, 3_916_904),
     'tf_efficientnet_lite0': (4_652_008, 4_714_504, 4_732_360, 5_026_984, 5_169_832),
 }
-BLOCKS = {  # that have the slot
+BLOCKS = {  # that have the slot, in some models
     'resnet18': 8, 'resnet34': 16, 'resnet50': 16, 'resnet101': 33, 'resnet152': 50,
     'mobilenetv2_050': 16, 'mobilenetv2_100': 16, 'mobilenetv2_110d': 21, 'mobilenetv2_120d': 25, 'mobilenetv2_140': 16,
     'efficientnet_lite0': 15, 'tf_efficientnet_lite0': 15, 'tf_efficientnet_lite1': 20, 'tf_efficientnet_lite2': 20,
     'tf_efficientnet_lite3': 23, 'tf_efficientnet_lite4': 29,
 }
 SLOT_MODELS = {k: m for k, m in MODELS.items() if family(k).__name__.endswith(('attn_resnet', 'attn_efficientnet'))}
+BASES = list(dict.fromkeys(model.base for model in SLOT_MODELS.values()))
 
 
 def parameters(name):
@@ -65,7 +66,7 @@ def test_every_base_has_its_number_of_slots(base):
 
 
 def test_every_base_has_every_layer():
-    names = {(f'{base.removesuffix("_100")}_{layer}', base, layer) for base in BLOCKS for layer in ATTN_LAYERS}
+    names = {(f'{base.removesuffix("_100")}_{layer}', base, layer) for base in BASES for layer in ATTN_LAYERS}
     assert {(k, m.base, m.layer.suffix) for k, m in SLOT_MODELS.items()} == names
 
 
@@ -102,11 +103,11 @@ OPTIONS = dict(
 
 
 @pytest.mark.parametrize('kwargs', [{}, OPTIONS], ids=['defaults', 'options'])
-@pytest.mark.parametrize('base', BLOCKS)
+@pytest.mark.parametrize('base', BASES)
 def test_without_its_attention_a_model_is_timms_in_every_module_and_setting(base, kwargs):
     """Padding, strides, dilations, epsilons, momenta, activations, rates: all that modules print."""
     model, plain = (timm.create_model(n, device='meta', **kwargs) for n in (f'{base.removesuffix("_100")}_eca', base))
-    assert len(attentions(model)) == BLOCKS[base]
+    assert len(attentions(model)) == len(slot_blocks(plain)) > 0
     for block, theirs in zip(slot_blocks(model).values(), slot_blocks(plain).values(), strict=True):
         if isinstance(theirs, InvertedResidual):
             block.se = theirs.se

@@ -52,7 +52,7 @@ def citation(*models: Model) -> str:
 
 
 def _usage(model: Model | None) -> str:
-    install = f'# {INSTALL}   makes timm know {model.name}\n' if model else ''
+    install = f'# {INSTALL}   so that timm knows {model.name}\n' if model else ''
     return f"""\
 ## Use
 
@@ -143,7 +143,7 @@ def run_card(model: nn.Module, run: TrainRun, base_model: str | None) -> str:
         '## Results',
         f'Weights: {weights}. {measured if run.metrics else "Their accuracy was not measured."}',
         '\n'.join(f'- {names[key]}: {value:.2f} %' for key, value in run.metrics.items()),
-        f'This measures it again, and takes `local-dir:FOLDER` too:\n\n```bash\n{_validate_command(run)}\n```'
+        f'To measure it again (a local folder: `--model local-dir:FOLDER`):\n\n```bash\n{_validate_command(run)}\n```'
         if run.metrics else '',
         '## Recipe',
         f'```bash\n{_command(run.args)}\n```',
@@ -164,13 +164,14 @@ def converted_card(model: nn.Module, source: str, grafted: bool) -> str:
     """
     row = MODELS[model.pretrained_cfg['architecture']]
     what = (
-        f'a checkpoint of plain {row.base}. Its attention is at the point where it changes nothing: the model computes '
-        'what the plain one does. The attention is untrained.' if grafted else 'under timm\'s names.')
+        f'a checkpoint of plain {row.base}. Its attention is neutral: it changes nothing until it is trained.'
+        if grafted else 'under timm\'s names.')
     return card(
         card_data(row.layer.tag),
         f'# {row.name}, converted from {source}',
         f'`{row.name}` ([{row.layer.title}]({row.layer.paper.url})) with the weights of `{source}`, {what} '
         f'{_license(model)}',
+        '## Train',
         f'```bash\ntrain.py --model {row.name} --num-classes {model.num_classes} --initial-checkpoint '
         'model.safetensors ...\n```',
         _usage(row),

@@ -28,7 +28,7 @@ _OF_SOURCE = ('license', 'origin_url', 'paper_ids', 'paper_name', 'description')
 def _new_folder(out_dir: Path, source: Path, force: bool) -> Iterator[Path]:
     """Yields a temporary folder that becomes out_dir if nothing fails, so that nothing is left half-written."""
     if out_dir.resolve() in (source.resolve(), *source.resolve().parents):
-        raise FileExistsError(f'{out_dir} holds {source}, which must stay: choose another folder.')
+        raise FileExistsError(f'{out_dir} holds {source}, which would be deleted: choose another folder.')
     if out_dir.exists() and not out_dir.is_dir():
         raise FileExistsError(f'{out_dir} is a file: choose a folder.')
     if not force and out_dir.is_dir() and any(out_dir.iterdir()):

@@ -54,7 +54,7 @@ class AttnLayer(NamedTuple):
     suffix: str  # of the models' names
     title: str
     paper: Paper
-    make: Callable[..., nn.Module]  # make(channels, device=..., dtype=...)
+    make: Callable[..., nn.Module]  # make(channels, device=..., dtype=...); the layer has at least one parameter
     neutral: Neutral | None = None
     no_weights: str = ''  # why there are no pretrained weights, where there is no neutral point
 
@@ -141,7 +141,7 @@ ATTN_LAYERS = {layer.suffix: layer for layer in (
         Paper('Rotate to Attend: Convolutional Triplet Attention Module',
               'Misra, Diganta and Nalamada, Trikay and Arasanipalai, Ajay Uppili and Hou, Qibin', 2020, '2010.03045'),
         TripletAttention,
-        no_weights='the mean of its three gates rounds, so it cannot be set to change nothing. '
+        no_weights='it averages three gates, and dividing by 3 rounds, so it cannot be set to change nothing. '
                    'Train from scratch, with pretrained=False.',
     ),
     AttnLayer(

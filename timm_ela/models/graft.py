@@ -80,10 +80,10 @@ def _check_plain(state_dict: Mapping[str, Tensor], model: nn.Module, own: set[st
     missing = [k for k in expected if k not in state_dict and not (is_adapted(k) or k.endswith('num_batches_tracked'))]
     parts = {name for name, _ in model.named_children()}  # features_only models of EfficientNet have no head
     unexpected = [k for k in state_dict if k not in expected and not is_adapted(k) and k.partition('.')[0] in parts]
-    for what, keys in (('lacks', missing), ('holds foreign', unexpected)):
+    for what, keys in (('lacks {} weights', missing), ('has {} unexpected weights', unexpected)):
         if keys:
             raise RuntimeError(
-                f'Cannot graft onto {arch}: the checkpoint {what} {len(keys)} weights, first {keys[0]!r}; '
+                f'Cannot graft onto {arch}: the checkpoint {what.format(len(keys))}, first {keys[0]!r}; '
                 f'it must be one of the plain model.')
     for k, v in expected.items():
         if k in state_dict and v.shape != state_dict[k].shape and not is_adapted(k):
