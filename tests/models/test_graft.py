@@ -288,8 +288,10 @@ def test_a_checkpoint_with_some_of_the_attention_weights_is_refused(base, layer,
     ('resnet50_ela_b', 'seresnet50', "has 64 unexpected weights, first 'layer1.0.se.fc1.weight'"),
     ('mobilenetv2_050_se', 'mobilenetv2_100', "'bn1.weight' is (32,) in the checkpoint and (16,) in the model"),
     ('mobilenetv2_ela_b', 'resnet18', "first 'blocks.0.0.conv_dw.weight'"),
-    ('tf_efficientnet_lite0_ela_b', 'efficientnet_b0', "has 64 unexpected weights, first 'blocks.0.0.se.conv_reduce.weight'"),
-    ('tf_efficientnet_lite0_se', 'tf_efficientnet_lite1', "has 90 unexpected weights, first 'blocks.1.2.conv_pw.weight'"),
+    ('tf_efficientnet_lite0_ela_b', 'efficientnet_b0',
+     "has 64 unexpected weights, first 'blocks.0.0.se.conv_reduce.weight'"),
+    ('tf_efficientnet_lite0_se', 'tf_efficientnet_lite1',
+     "has 90 unexpected weights, first 'blocks.1.2.conv_pw.weight'"),
     ('tf_efficientnet_lite0_cbam', 'mobilenetv2_100', "lacks 15 weights, first 'blocks.5.3.conv_pw.weight'"),
 ])
 def test_a_checkpoint_of_another_architecture_is_refused_with_the_first_key_that_differs(name, other, reason, kwargs):
