@@ -56,6 +56,24 @@ def test_an_exported_program_runs_in_another_process_and_by_aotinductor(execute,
     ''')
 
 
+def test_elsa_swin_exports_to_a_program_and_to_onnx(execute):
+    pytest.importorskip('onnxruntime', reason=EXTRA)
+    execute('''
+        import onnxruntime, timm
+        model = timm.create_model('elsa_swin_tiny', num_classes=7, embed_dim=48, depths=(1, 1, 1, 2)).eval()
+        x, expected = torch.randn(2, 3, 224, 224), None
+        with torch.no_grad():
+            expected = model(x)
+        program = torch.export.export(model, (x,))
+        assert len(program.graph.nodes) < 1000
+        torch.testing.assert_close(program.module()(x), expected)
+        torch.onnx.export(program, (), 'elsa.onnx', dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession('elsa.onnx', providers=['CPUExecutionProvider'])
+        y = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+        assert (y - expected).abs().max() < 1e-4 * expected.abs().max()
+    ''')
+
+
 def test_torch_export_takes_a_size_without_minimum_where_the_plain_model_does(execute):
     lines = execute('''
         import timm

@@ -52,6 +52,26 @@ def test_torchvision_detection(execute):
     ''', 'torchvision detection')
 
 
+def test_torchvision_detection_on_elsa_swin(execute):
+    pytest.importorskip('torchvision', reason=EXTRA)
+    execute('''
+        import torch
+        images = [torch.rand(3, 120, 160), torch.rand(3, 150, 110)]
+        targets = [
+            {'boxes': torch.tensor([[10.0, 20, 60, 80]]), 'labels': torch.tensor([1])},
+            {'boxes': torch.tensor([[5.0, 5, 50, 90]]), 'labels': torch.tensor([2])},
+        ]
+        elsa.transform.min_size, elsa.transform.max_size = (96,), 160
+        sum(elsa(images, targets).values()).backward()
+        ghosts = [p for name, p in elsa.named_parameters() if name.endswith('ghost_head')]
+        assert len(ghosts) == 10
+        assert all(p.grad.abs().sum() > 0 for p in ghosts)
+        elsa.eval()
+        with torch.no_grad():
+            assert all(f['boxes'].shape == (len(f['scores']), 4) for f in elsa(images))
+    ''', 'torchvision detection on ELSA-Swin')
+
+
 def test_transformers(execute, write_my_model):
     pytest.importorskip('transformers', reason=EXTRA)
     write_my_model()
