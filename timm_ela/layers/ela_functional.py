@@ -282,9 +282,10 @@ def _ela(
         inplace: bool,
 ) -> Tensor:
     args = (conv_weight, norm_weight, norm_bias, groups, eps)
-    # An exported program needs nothing of ours to run. Pooling needs sizes that are known; instance_norm, more than one
-    # value, even where GroupNorm is content with one in each of several samples.
-    if (_is_exporting() and isinstance(x.shape[2], int) and isinstance(x.shape[3], int)
+    # An exported program needs nothing of ours to run. Pooling needs known sizes (in dynamo, every size looks like an
+    # int); instance_norm needs more than one value, even where GroupNorm takes one in each of several samples.
+    if (_is_exporting() and not torch.compiler.is_dynamo_compiling()
+            and isinstance(x.shape[2], int) and isinstance(x.shape[3], int)
             and x.shape[1] // groups * min(x.shape[2:]) > 1):
         return _ela_exported(x, *args)
     # A compiler fuses the formula by itself.
