@@ -129,7 +129,7 @@ def test_the_maps_do_not_take_on_the_pictures_brightness(image):
 @pytest.mark.parametrize(('bias', 'said'), [
     (0, 'Gates within 0.001 of a fresh graft (0.25): they have hardly moved.'),
     (0.01, 'Gates within 0.003 of a fresh graft (0.25): they have hardly moved.'),
-    (1, 'Gates of single channels are up to 0.28 from a fresh graft (0.25).'),  # sigmoid(1)^2 = 0.534
+    (1, 'Single channels are up to 0.28 from a fresh graft (0.25): channel 0 of stage 1.'),  # sigmoid(1)^2 = 0.534
 ])
 def test_the_title_says_in_words_how_far_the_gates_have_moved(image, bias, said):
     model = make_model(zero_gates=True)
@@ -356,7 +356,8 @@ def test_a_source_always_loads_its_weights(tmp_path, monkeypatch, image, name, a
     monkeypatch.setattr(plot_module, 'create_model', create_model)
     image.save(tmp_path / 'in.png')
     plot_file(tmp_path / 'in.png', name, tmp_path / 'out.png', [1], pretrained=asked)
-    assert calls == [((name,), {'pretrained': loaded})]
+    assert calls[-1] == ((name,), {'pretrained': loaded})
+    assert all(kwargs == {'device': 'meta'} for _, kwargs in calls[:-1])  # no weights yet
 
 
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, image):

@@ -33,7 +33,7 @@ def _list(args: argparse.Namespace) -> None:
                 tags=[cfg.tag for cfg in cfgs if cfg.has_weights],  # the default first
             ))
     if not rows:
-        raise ValueError(f'No model of timm_ela matches {args.filter!r}; without a filter, all are listed.')
+        raise ValueError(f'No model of timm_ela matches {args.filter!r}: use a wildcard, such as "resnet50*".')
     if args.json:
         print(json.dumps(rows, indent=2))
         return

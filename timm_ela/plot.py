@@ -50,6 +50,7 @@ class _Panel(NamedTuple):
     a_w: np.ndarray  # (W,)
     of: str  # 'mean over channels', or the channel
     moved: float  # greatest distance of a gate of any channel from a fresh graft's, 1/4
+    where: str  # the channel and stage of that gate
 
 
 def _stages(model: nn.Module) -> dict[int, str]:
@@ -100,13 +101,14 @@ def _make_panel(stage: int, gates: Sequence[np.ndarray], channel: int | None) ->
         raise ValueError(f'Stage {stage} has channels 0 to {channels - 1}, got {channel}.')
     of = 'mean over channels' if channel is None else f'channel {channel}'
     ends = (a_h.max(1) * a_w.max(1), a_h.min(1) * a_w.min(1))  # greatest and smallest gate of each channel
+    moved = np.maximum(*(abs(end - 0.25) for end in ends))
     picked = slice(None) if channel is None else slice(channel, channel + 1)
     a_h, a_w = a_h[picked], a_w[picked]
     gate = np.einsum('ch,cw->hw', a_h, a_w) / len(a_h)
     return _Panel(
         f'stage {stage}: {height} x {width}, {channels} channels\n'
         f'gate {gate.min():.3f} to {gate.max():.3f}, mean {gate.mean():.3f}',
-        gate, a_h.mean(0), a_w.mean(0), of, max(float(abs(end - 0.25).max()) for end in ends))
+        gate, a_h.mean(0), a_w.mean(0), of, float(moved.max()), f'channel {moved.argmax()} of stage {stage}')
 
 
 def _limits(arrays: Iterable[np.ndarray]) -> tuple[float, float]:
@@ -116,12 +118,18 @@ def _limits(arrays: Iterable[np.ndarray]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
+def _check_ela(model: nn.Module) -> None:
+    if not _stages(model):
+        arch = getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
+        raise ValueError(f"{arch} has no ELA module to plot: give an ELA model, such as 'resnet50_ela_b'.")
+
+
 def _in_words(panels: Sequence[_Panel]) -> str:
     """Says how far the gates have moved."""
-    moved = max(panel.moved for panel in panels)
-    if moved < _MOVED:
-        return f'Gates within {max(moved, 0.0005):.3f} of a fresh graft (0.25): they have hardly moved.'
-    return f'Gates of single channels are up to {moved:.2f} from a fresh graft (0.25).'
+    most = max(panels, key=lambda panel: panel.moved)
+    if most.moved < _MOVED:
+        return f'Gates within {max(most.moved, 0.0005):.3f} of a fresh graft (0.25): they have hardly moved.'
+    return f'Single channels are up to {most.moved:.2f} from a fresh graft (0.25): {most.where}.'
 
 
 def _draw_picture(figure: 'SubFigure', picture: np.ndarray, lines: Sequence[str]) -> None:
@@ -227,8 +235,7 @@ def plot_attention(
     figure_class()
     cfg, names = getattr(model, 'pretrained_cfg', {}), _stages(model)
     arch = cfg.get('architecture', type(model).__name__)
-    if not names:
-        raise ValueError(f"{arch} has no ELA module to plot: give an ELA model, such as 'resnet50_ela_b'.")
+    _check_ela(model)
     stages = list(stages or names)
     if unknown := [stage for stage in stages if stage not in names]:
         raise ValueError(f'{arch} has no ELA in stage {unknown[0]}, only in {", ".join(map(str, names))}.')
@@ -290,6 +297,8 @@ def plot_file(
     source = parse_model_name(model_name)[0]
     if source is None and not is_model(get_arch_name(model_name)) and Path(model_name).is_dir():
         raise ValueError(f'{model_name!r} is a folder, not a model name: give local-dir:{model_name}.')
+    if source is None and is_model(get_arch_name(model_name)):
+        _check_ela(create_model(model_name, device='meta'))  # before a download
     model = create_model(model_name, pretrained=pretrained or source is not None)
     rendered = BytesIO()
     figure = plot_attention(opened, model, stages, topk, channel=channel)

@@ -120,6 +120,15 @@ def test_the_weights_are_those_that_were_measured(
     assert ('moving average' in card(folder).text) == (weights == 'average')
 
 
+def test_an_accuracy_that_was_measured_on_training_images_too_is_left_out(new_model, write_run, tmp_path, caplog):
+    (tmp_path / 'data' / 'train' / 'a').mkdir(parents=True)
+    run = write_run(new_model(), data_dir=str(tmp_path / 'data'))
+    assert metrics(export_run(run, tmp_path / 'out')) == {}
+    assert "no 'validation': train.py measured the accuracy on training images too" in caplog.text
+    (tmp_path / 'data' / 'val').mkdir()  # a name that timm takes for it
+    assert metrics(export_run(run, tmp_path / 'again')) == TRAINED
+
+
 @pytest.mark.parametrize('row, measured', [
     ('1,2.0,1.5,12.5,50.0,0.1', {'top1': 12.5, 'top5': 50.0}),  # a resumed run: its last line is what was saved
     ('1,2.0,nan,12.5,nan,0.1', {'top1': 12.5}),
@@ -206,6 +215,7 @@ def class_names(tmp_path):
     """The data of a run: an image folder, a class map in another order, a list of names."""
     for name in NAMES:
         (tmp_path / 'data' / 'train' / name).mkdir(parents=True)
+        (tmp_path / 'data' / 'validation' / name).mkdir(parents=True)
         (tmp_path / 'data' / 'train' / name / '1.png').touch()
     for folder in ('data/train', '.'):  # timm looks for a map below the folder that it reads
         (tmp_path / folder / 'map.txt').write_text('\n'.join(reversed(NAMES)), encoding='utf-8')

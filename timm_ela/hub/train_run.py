@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from timm.data import create_dataset
+from timm.data.dataset_factory import _search_split
 from timm.data.readers.class_map import load_class_map
 from timm.models import clean_state_dict
 from torch import Tensor
@@ -105,12 +106,18 @@ class TrainRun:
         measured_on_average = 'state_dict_ema' in saved and not args.get('model_ema_force_cpu')
         averaged = ema and measured_on_average
         epoch = saved.get('epoch')
+        metrics = _read_metrics(run_dir, epoch) if averaged == measured_on_average else {}
+        if metrics and _validated_on_all(args):
+            _logger.warning(
+                f'The data folder has no {args.get("val_split")!r}: train.py measured the accuracy on training images '
+                'too, and it is left out.')
+            metrics = {}
         return cls(
             args=args,
             state_dict=saved['state_dict_ema' if averaged else 'state_dict'],
             averaged=averaged,
             epoch=epoch,
-            metrics=_read_metrics(run_dir, epoch) if averaged == measured_on_average else {},
+            metrics=metrics,
             class_names=read_class_names(args),
         )
 
@@ -121,9 +128,19 @@ class TrainRun:
         return Path(args.get('dataset') or args.get('data_dir') or args.get('data') or '').name or 'custom'
 
 
+def _validated_on_all(args: dict[str, Any]) -> bool:
+    """True if the data folder lacks the validation split: timm then takes every image under it."""
+    root = Path(args.get('data_dir') or args.get('data') or '')
+    if args.get('dataset') or root == Path() or not root.is_dir():
+        return False
+    return Path(_search_split(str(root), args.get('val_split') or 'validation')) == root
+
+
 def _read_args(run_dir: Path) -> dict[str, Any]:
     if not run_dir.is_dir():
-        raise FileNotFoundError(f'There is no folder {run_dir}.')
+        is_file = run_dir.is_file()
+        raise FileNotFoundError(
+            f'{run_dir} is a file: give the folder of the run.' if is_file else f'There is no folder {run_dir}.')
     path = run_dir / 'args.yaml'
     if not path.is_file():
         raise FileNotFoundError(f'{run_dir} has no args.yaml: it must be the output folder of a run of train.py.')
