@@ -112,7 +112,7 @@ def check(exported: Path, checkpoint: Path | None) -> None:
 
 def main() -> None:
     """Classifies with ImageNet weights; then trains, validates, exports, loads back and draws."""
-    print('This takes about 3 minutes on 2 cores, and 350 MB in demo/. timm\'s scripts are cloned, or in TIMM_SCRIPTS.')
+    print('This takes about 2 minutes on 2 cores, and 350 MB in demo/. timm\'s scripts are cloned, or in TIMM_SCRIPTS.')
     classify_photographs()
     data, run_dir, exported = ROOT / 'digits', ROOT / 'runs' / 'digits', ROOT / f'{MODEL}.digits'
     write_digits(data)

@@ -12,7 +12,8 @@ from pathlib import Path
 import timm
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[1]
 AUTOLOAD_OFF = {'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'}  # PyTorch's own switch
@@ -89,3 +90,19 @@ def slot_widths(plain: nn.Module, slot: str = 'inner') -> list[int]:
 def attentions(model: nn.Module) -> dict[str, nn.Module]:
     """The attention layers of one of our models, by name."""
     return {f'{name}.se': block.se for name, block in slot_blocks(model).items()}
+
+
+class FullSize(TorchDispatchMode):
+    """Counts the allocations of at least this many elements."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.storages = numel, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in [*args, *self.storages] if isinstance(t, Tensor)}
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, Tensor) and t.numel() >= self.numel and t.untyped_storage().data_ptr() not in known:
+                self.storages.append(t)  # kept, so that no later one can lie at its address
+        return out

@@ -60,18 +60,15 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from .hub.cards import start_command
     from .hub.publish import convert_checkpoint
 
     out_dir = convert_checkpoint(
         args.source, args.model, args.out_dir, tag=args.tag, ema=args.ema, class_names=args.class_names,
         license=args.license, force=args.force)
     num_classes = json.loads((out_dir / 'config.json').read_text())['num_classes']
-    if num_classes:
-        print(f'Wrote {out_dir}. Train it with: train.py --model {args.model} --num-classes {num_classes} '
-              f'--initial-checkpoint {out_dir}/model.safetensors ...')
-    else:
-        print(f'Wrote {out_dir}, without a classifier. Train it with: train.py --model {args.model} --num-classes N '
-              f'--pretrained --pretrained-path {out_dir}/model.safetensors ...')
+    print(f'Wrote {out_dir}. Train it with: '
+          f'{start_command(args.model, num_classes, out_dir / "model.safetensors")}')
 
 
 def _export_options(args: argparse.Namespace) -> dict:

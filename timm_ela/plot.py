@@ -53,12 +53,22 @@ class _Panel(NamedTuple):
     where: str  # the channel and stage of that gate
 
 
+def _arch(model: nn.Module) -> str:
+    return getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
+
+
 def _stages(model: nn.Module) -> dict[int, str]:
-    """Names the last ELA module of each stage. Stage i ends at entry i of timm's `feature_info`."""
+    """Names the last ELA module of each stage. Stage i ends at entry i of timm's `feature_info`.
+
+    Raises:
+        ValueError: If the model has no ELA module.
+    """
     names = [name for name, _ in model.named_modules()]
     features = [info['module'] for info in getattr(model, 'feature_info', ())]
     ends = [max((i for i, n in enumerate(names) if f'{n}.'.startswith(f'{f}.')), default=len(names)) for f in features]
     ela = [(i, n) for i, (n, m) in enumerate(model.named_modules()) if isinstance(m, EfficientLocalAttention)]
+    if not ela:
+        raise ValueError(f"{_arch(model)} has no ELA module to plot: give an ELA model, such as 'resnet50_ela_b'.")
     return {sum(end < i for end in ends): n for i, n in ela}
 
 
@@ -116,12 +126,6 @@ def _limits(arrays: Iterable[np.ndarray]) -> tuple[float, float]:
     low, high = values.min(), values.max()
     margin = max(0., _LEAST_RANGE - (high - low)) / 2
     return low - margin, high + margin
-
-
-def _check_ela(model: nn.Module) -> None:
-    if not _stages(model):
-        arch = getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
-        raise ValueError(f"{arch} has no ELA module to plot: give an ELA model, such as 'resnet50_ela_b'.")
 
 
 def _in_words(panels: Sequence[_Panel]) -> str:
@@ -233,20 +237,18 @@ def plot_attention(
             the wrong length.
     """
     figure_class()
-    cfg, names = getattr(model, 'pretrained_cfg', {}), _stages(model)
-    arch = cfg.get('architecture', type(model).__name__)
-    _check_ela(model)
+    names = _stages(model)
     stages = list(stages or names)
     if unknown := [stage for stage in stages if stage not in names]:
-        raise ValueError(f'{arch} has no ELA in stage {unknown[0]}, only in {", ".join(map(str, names))}.')
+        raise ValueError(f'{_arch(model)} has no ELA in stage {unknown[0]}, only in {", ".join(map(str, names))}.')
     classes = getattr(model, 'num_classes', 0)  # none in a model that gives features
-    labels = _class_names(classes, cfg, class_names) if classes else []
+    labels = _class_names(classes, getattr(model, 'pretrained_cfg', {}), class_names) if classes else []
 
     x, picture = _prepare(image, model)
     attention = [model.get_submodule(names[stage]) for stage in stages]
     output, gates = _forward(model, x, attention)
     panels = [_make_panel(stage, gates[m], channel) for stage, m in zip(stages, attention, strict=True)]
-    return _draw(arch, picture, _class_lines(output, labels, topk) if classes else [], panels)
+    return _draw(_arch(model), picture, _class_lines(output, labels, topk) if classes else [], panels)
 
 
 def _prepare(image: str | Path | Image.Image, model: nn.Module) -> tuple[Tensor, np.ndarray]:
@@ -293,12 +295,12 @@ def plot_file(
         ValueError: As in `plot_attention`, if the output's suffix is not an image format, or if model_name is a folder.
     """
     figure_class()
-    opened = _open_image(image)  # both before a download
+    opened = _open_image(image)  # this and what follows: before a download
     source = parse_model_name(model_name)[0]
-    if source is None and not is_model(get_arch_name(model_name)) and Path(model_name).is_dir():
-        raise ValueError(f'{model_name!r} is a folder, not a model name: give local-dir:{model_name}.')
     if source is None and is_model(get_arch_name(model_name)):
-        _check_ela(create_model(model_name, device='meta'))  # before a download
+        _stages(create_model(model_name, device='meta'))  # raises for a model without ELA
+    elif source is None and Path(model_name).is_dir():
+        raise ValueError(f'{model_name!r} is a folder, not a model name: give local-dir:{model_name}.')
     model = create_model(model_name, pretrained=pretrained or source is not None)
     rendered = BytesIO()
     figure = plot_attention(opened, model, stages, topk, channel=channel)

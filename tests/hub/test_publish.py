@@ -189,7 +189,7 @@ def test_the_recipe_is_what_train_py_would_read_as_this_run(monkeypatch, args):
     monkeypatch.setattr(sys, 'argv', ['train.py'])
     parser = pytest.importorskip('train').parser
     run = TRAIN_ARGS | args
-    text = run_card(timm.create_model(MODEL), TrainRun(run, {}, False, 1, TRAINED, []), None)
+    text = run_card(timm.create_model(MODEL), TrainRun(run, {}, False, 1, TRAINED), None)
     command = text.split('## Recipe')[1].split('```bash\n')[1].split('```')[0].replace('\\\n', '')
     read = vars(parser.parse_args(shlex.split(command)[1:]))
     elsewhere = {'data_dir'}
@@ -296,6 +296,7 @@ def test_a_checkpoint_without_a_classifier_becomes_a_model_without_one(new_model
     model = load(convert_checkpoint(tmp_path / 'headless.pth', MODEL, tmp_path / 'out'))
     assert model.num_classes == 0 and give_equal_logits(plain, model)
     assert 'no classifier: the model is written without one' in caplog.text
+    assert '--num-classes N --pretrained --pretrained-path model.safetensors' in card(tmp_path / 'out').text
 
 
 # Folders

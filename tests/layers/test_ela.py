@@ -48,14 +48,6 @@ def literal_of(m, x):
     return literal_ela(x, m.conv.weight, m.gn.weight, m.gn.bias, m.gn.num_groups, m.gn.eps)
 
 
-@pytest.fixture
-def make(randomize):
-    def make(*args, **kwargs):
-        return randomize(EfficientLocalAttention(*args, **kwargs))
-
-    return make
-
-
 SHAPES = {
     'wide': (2, 64, 6, 11),
     'tall': (2, 32, 11, 6),

@@ -1,35 +1,17 @@
 """The path that costs less computes what the plain formula does, and keeps what it promises of memory."""
 import copy
-import re
 
 import pytest
-import timm
 import torch
-from helpers import run_python
+from helpers import FullSize, run_python
 from timm.layers import create_attn
 from torch import nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import timm_ela
 from timm_ela import EfficientLocalAttention
 from timm_ela.layers import ela_functional
-
-FORMATS = {'nchw': torch.contiguous_format, 'nhwc': torch.channels_last}
-
-
-@pytest.fixture(params=FORMATS.values(), ids=FORMATS)
-def memory_format(request):
-    return request.param
-
-
-@pytest.fixture
-def make(randomize):
-    def make(*args, **kwargs):
-        return randomize(EfficientLocalAttention(*args, **kwargs))
-
-    return make
 
 
 @pytest.fixture
@@ -49,22 +31,6 @@ def forward_and_gradients(m, x, upstream):
     x = x.detach().requires_grad_()
     y = m(x)
     return [y.detach(), *torch.autograd.grad(y, [x, *m.parameters()], upstream)]
-
-
-class FullSize(TorchDispatchMode):
-    """Counts the allocations of at least this many elements."""
-
-    def __init__(self, numel):
-        super().__init__()
-        self.numel, self.storages = numel, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage().data_ptr() for t in [*args, *self.storages] if isinstance(t, torch.Tensor)}
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor) and t.numel() >= self.numel and t.untyped_storage().data_ptr() not in known:
-                self.storages.append(t)  # kept, so that no later one can lie at its address
-        return out
 
 
 def test_inference_allocates_the_output_and_nothing_else_of_its_size(make, memory_format):
@@ -323,111 +289,3 @@ def test_a_choice_that_is_none_is_named_and_the_usual_one_taken():
 
 def test_timms_layer_of_the_same_name_is_left_as_it_is():
     assert type(create_attn('ela', 32)).__module__.startswith('timm.')
-
-
-def compiled(m, x):
-    torch.compiler.reset()  # other tests have compiled the same forward: PyTorch limits how often
-    return torch.compile(m, backend='eager', fullgraph=True)(x)
-
-
-NEVER_IN_PLACE = {
-    'training': lambda m, x: m.train()(x),
-    'default': lambda m, x: out_of_place(m)(x),
-    'view': lambda m, x: m(x[:]),
-    'channels': lambda m, x: m(torch.cat([x, x], 1).chunk(2, 1)[0]),
-    'requires_grad': lambda m, x: m(x.requires_grad_()),
-    'traced_by_fx': lambda m, x: torch.fx.symbolic_trace(m)(x),
-    'compiled': compiled,
-    'exported': lambda m, x: torch.export.export(m, (x,)).module()(x),
-}
-
-
-def out_of_place(m):
-    same = copy.deepcopy(m)
-    same.inplace = False
-    return same
-
-
-@pytest.mark.parametrize('call', NEVER_IN_PLACE.values(), ids=NEVER_IN_PLACE)
-def test_what_others_may_read_is_never_written_to(make, call, memory_format):
-    m, x = make(32, inplace=True).eval(), torch.randn(2, 32, 6, 11).to(memory_format=memory_format)
-    before = x.clone()
-    with torch.no_grad():
-        y = call(m, x)
-    assert torch.equal(x, before)
-    torch.testing.assert_close(y, out_of_place(m)(before))
-
-
-def test_where_a_graph_is_recorded_the_input_is_not_written_to(make):
-    m, x = make(32, inplace=True).eval(), torch.randn(2, 32, 6, 11)
-    before = x.clone()
-    m(x)  # its parameters require gradients
-    assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
-def test_in_place_it_allocates_nothing_of_full_size_and_gives_the_same_bits(make, mode, memory_format):
-    m = make(32, inplace=True).eval()
-    x = torch.randn(2, 32, 6, 11).to(memory_format=memory_format)
-    with mode():
-        x, expected = x.clone(), out_of_place(m)(x)
-        with FullSize(x.numel()) as full:
-            y = m(x)
-    assert y is x and not full.storages
-    assert torch.equal(y, expected)
-
-
-@pytest.mark.parametrize('feature_cls', [None, 'hook', 'fx'])
-@pytest.mark.parametrize('name', ['mobilenetv2_050_ela_b', 'resnet18_ela_b', 'resnet50_ela_b'])
-def test_features_are_the_same_in_place(name, feature_cls):
-    kwargs = {'feature_cls': feature_cls} if feature_cls else {}
-    features, whole = timm.create_model(name, features_only=True, **kwargs).eval(), timm.create_model(name).eval()
-    state = {re.sub('^(model|body|graph_module)[.]', '', k): v for k, v in features.state_dict().items()}
-    assert any('.se.gn.' in k for k in state)
-    assert not whole.load_state_dict(state, strict=False).unexpected_keys
-    x = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        found, in_place = features(x), whole.forward_intermediates(x, intermediates_only=True)
-        layers = [m for m in whole.modules() if isinstance(m, EfficientLocalAttention)]
-        assert layers and all(m.inplace for m in layers)
-        for m in layers:
-            m.inplace = False
-        expected = whole.forward_intermediates(x, intermediates_only=True)
-    for a, b, c in zip(found, in_place, expected, strict=True):
-        assert torch.equal(a, c) and torch.equal(b, c)
-
-
-@pytest.mark.parametrize('shape', [(2, 32, 7, 13), (1, 32, 13, 7), (3, 32, 2, 3), (2, 32, 1, 5), (2, 48, 9, 9)])
-@pytest.mark.parametrize('variant', ['b', 's'])
-def test_what_is_exported_equals_the_formula_with_every_gradient(make, variant, shape, memory_format):
-    m = make(shape[1], variant, dtype=torch.float64)
-    x = torch.randn(shape, dtype=torch.float64).to(memory_format=memory_format)
-    upstream = torch.randn_like(x)
-
-    def gradients(f):
-        leaves = [t.detach().requires_grad_() for t in (x, m.conv.weight, m.gn.weight, m.gn.bias)]
-        y = f(*leaves, m.gn.num_groups, 1e-3)
-        return [y, *torch.autograd.grad(y, leaves, upstream)]
-
-    found, expected = (gradients(f) for f in (ela_functional._ela_exported, ela_functional.ela_reference))
-    for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize('shape', [(1, 16, 1, 5), (2, 16, 1, 5)], ids=str)
-def test_an_export_at_length_1_does_what_eager_does(make, shape):
-    m, x = make(16).eval(), torch.randn(shape)  # 16 groups of one channel
-    if shape[0] == 1:
-        with pytest.raises(Exception, match='Expected more than 1 value per channel'):
-            torch.export.export(m, (x,))
-    else:
-        torch.testing.assert_close(torch.export.export(m, (x,)).module()(x), m(x))
-
-
-@pytest.mark.parametrize('size', [(6, 11), (7, 7)], ids=str)
-def test_an_export_of_fixed_size_takes_any_batch(make, size):
-    m, batch = make(32).eval(), torch.export.Dim('batch')
-    program = torch.export.export(m, (torch.randn(2, 32, *size),), dynamic_shapes=({0: batch},))
-    for n in (1, 5):
-        x = torch.randn(n, 32, *size)
-        torch.testing.assert_close(program.module()(x), m(x))

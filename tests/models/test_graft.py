@@ -1,5 +1,4 @@
 """Weights of a plain timm model, loaded into a model of ours, compute what they did before, to the bit."""
-import dataclasses
 import json
 import logging
 from collections import OrderedDict
@@ -9,13 +8,12 @@ from functools import cache
 import pytest
 import timm
 import torch
-from helpers import attentions, load, run_python, skeleton
+from helpers import attentions, load
 from safetensors.torch import save_file
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import nn
 
 from timm_ela.layers.attn_layers import ATTN_LAYERS
-from timm_ela.models.registry import MODELS, graft_state_dict
+from timm_ela.models.registry import graft_state_dict
 
 NEUTRAL = [suffix for suffix, layer in ATTN_LAYERS.items() if layer.neutral]
 # The kinds of block: basic, bottleneck, inverted residual, and that with timm's own padding 'same'. In each, the
@@ -257,138 +255,3 @@ def test_an_old_checkpoint_without_num_batches_tracked_loads(plain, image):
     old = OrderedDict((k, v) for k, v in source.state_dict().items() if not k.endswith('num_batches_tracked'))
     old._metadata = source.state_dict()._metadata
     assert_same_logits(load('resnet18_ca', old), source, image)
-
-
-# num_classes=7 and features_only: there timm's loader is not strict.
-WAYS_TO_LOAD = pytest.mark.parametrize('kwargs', [{}, {'num_classes': 7}, {'features_only': True}], ids=str)
-
-
-@WAYS_TO_LOAD
-@pytest.mark.parametrize('layer', ATTN_LAYERS)
-@pytest.mark.parametrize('base', ['resnet18', 'tf_efficientnet_lite0'])
-def test_a_checkpoint_with_some_of_the_attention_weights_is_refused(base, layer, kwargs):
-    name = f'{base}_{layer}'
-    state_dict = skeleton(name).state_dict()
-    own = [k for k in state_dict if '.se.' in k]
-    lost = [k for k in own if not k.endswith('num_batches_tracked')][3:]
-    part = {k: v for k, v in state_dict.items() if k not in lost}
-    with pytest.raises(RuntimeError) as error:
-        load(name, part, device='meta', **kwargs)
-    assert str(error.value) == (
-        f'The checkpoint for {name} lacks {len(lost)} of {len(own)} attention weights, first {lost[0]!r}: '
-        'it must hold all of them, or none to be grafted.')
-
-
-@WAYS_TO_LOAD
-@pytest.mark.parametrize(('name', 'other', 'reason'), [
-    ('resnet18_ela_b', 'resnet34', "has 96 unexpected weights, first 'layer1.2.conv1.weight'"),
-    ('resnet34_gc', 'resnet18', "lacks 80 weights, first 'layer1.2.conv1.weight'"),
-    ('resnet50_ela_b', 'wide_resnet50_2', "'layer1.0.conv1.weight' is (128, 64, 1, 1) in the checkpoint"),
-    ('resnet50_ca', 'resnet50d', "lacks 16 weights, first 'layer1.0.downsample.0.weight'"),
-    ('resnet50_ela_b', 'seresnet50', "has 64 unexpected weights, first 'layer1.0.se.fc1.weight'"),
-    ('mobilenetv2_050_se', 'mobilenetv2_100', "'bn1.weight' is (32,) in the checkpoint and (16,) in the model"),
-    ('mobilenetv2_ela_b', 'resnet18', "first 'blocks.0.0.conv_dw.weight'"),
-    ('tf_efficientnet_lite0_ela_b', 'efficientnet_b0',
-     "has 64 unexpected weights, first 'blocks.0.0.se.conv_reduce.weight'"),
-    ('tf_efficientnet_lite0_se', 'tf_efficientnet_lite1',
-     "has 90 unexpected weights, first 'blocks.1.2.conv_pw.weight'"),
-    ('tf_efficientnet_lite0_cbam', 'mobilenetv2_100', "lacks 15 weights, first 'blocks.5.3.conv_pw.weight'"),
-])
-def test_a_checkpoint_of_another_architecture_is_refused_with_the_first_key_that_differs(name, other, reason, kwargs):
-    with pytest.raises(RuntimeError) as error:
-        load(name, skeleton(other).state_dict(), device='meta', **kwargs)
-    message = str(error.value)
-    assert message.startswith(f'Cannot graft onto {name}: ') and '\n' not in message
-    assert reason in message
-
-
-SETTINGS = ('mean', 'std', 'input_size', 'test_input_size', 'crop_pct', 'first_conv', 'classifier')
-
-
-@pytest.mark.parametrize('base', {model.base: None for model in MODELS.values()})
-def test_tags_are_the_plain_models_with_graft_before_them_where_the_layer_has_a_neutral_point(base):
-    theirs = {k: cfg for k, cfg in get_arch_pretrained_cfgs(base).items() if cfg.hf_hub_id}
-    assert theirs
-    for name, model in MODELS.items():
-        if model.base != base:
-            continue
-        assert bool(model.layer.neutral) != bool(model.layer.no_weights)
-        if not model.layer.neutral:
-            assert not timm.is_model_pretrained(name) and not timm.list_pretrained(f'{name}.*')
-            continue
-        ours = get_arch_pretrained_cfgs(name)
-        assert list(ours) == [f'{name}.graft_{cfg.tag}' for cfg in theirs.values()]
-        for cfg, plain_cfg in zip(ours.values(), theirs.values(), strict=True):
-            assert cfg.hf_hub_id == f'timm/{base}.{plain_cfg.tag}'
-            same = [{k: v for k, v in dataclasses.asdict(c).items() if k not in ('architecture', 'tag', 'url')}
-                    for c in (cfg, plain_cfg)]
-            assert same[0] == same[1]
-            assert (cfg.architecture, cfg.url) == (name, None)
-        assert get_pretrained_cfg(name).tag == f'graft_{get_pretrained_cfg(base).tag}'
-        assert set(timm.list_pretrained(f'{name}.*')) == set(ours)
-
-
-# A layer that has no neutral point, and a family of one model with it, as a file of ours would have them.
-NO_NEUTRAL = '''
-import json, sys
-import timm, torch
-from timm.layers import EcaModule
-from timm_ela.layers.attn_layers import ATTN_LAYERS, AttnLayer
-from timm_ela.models import attn_efficientnet, attn_resnet
-from timm_ela.models.registry import Model, make_default_cfgs, register_models
-
-layer = AttnLayer('odd', 'Odd', ATTN_LAYERS['eca'].paper, EcaModule, no_weights='its gates cannot be neutral.')
-models = [Model('resnet18_odd', 'resnet18', layer), Model('tf_efficientnet_lite0_odd', 'tf_efficientnet_lite0', layer)]
-
-def create(model, pretrained=False, **kwargs):
-    family = attn_resnet._create_attn_resnet if 'resnet' in model.base else attn_efficientnet._create_attn_efficientnet
-    return family(model, pretrained, **kwargs)
-
-default_cfgs = make_default_cfgs(models)
-globals().update(register_models(models, create))
-
-def failure(name, **kwargs):
-    try:
-        timm.create_model(name, pretrained=True, **kwargs)
-    except RuntimeError as error:
-        return str(error)
-
-answers = {}
-for name, base in (m[:2] for m in models):
-    plain, own = timm.create_model(base).state_dict(), timm.create_model(name)
-    again = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'state_dict': own.state_dict()})
-    answers[name] = {
-        'tags': timm.list_pretrained(f'{name}*'),
-        'bare': failure(name),
-        'classes': failure(name, num_classes=7),
-        'plain': failure(name, pretrained_cfg_overlay={'state_dict': plain}),
-        'plain classes': failure(name, pretrained_cfg_overlay={'state_dict': plain}, num_classes=7),
-        'complete': all(torch.equal(v, own.state_dict()[k]) for k, v in again.state_dict().items()),
-        'settings': [[str(getattr(timm.get_pretrained_cfg(n), k)) for k in sys.argv[1:]] for n in (name, base)],
-        'of weights': [timm.get_pretrained_cfg(name).license, timm.get_pretrained_cfg(name).tag],
-    }
-print(json.dumps(answers))
-'''
-
-
-def test_without_a_neutral_point_there_are_settings_but_no_tags_and_the_reason_is_said():
-    answers = json.loads(run_python(NO_NEUTRAL, *SETTINGS).stdout)
-    assert len(answers) == 2
-    for name, answer in answers.items():
-        assert answer['tags'] == []
-        assert answer['bare'] == answer['classes'] == (
-            f'There are no pretrained weights for {name}: its gates cannot be neutral.')
-        assert answer['plain'] == answer['plain classes'] == (
-            f'Cannot graft plain weights onto {name}: its gates cannot be neutral.')
-        assert answer['complete']
-        assert answer['settings'][0] == answer['settings'][1]
-        assert answer['of weights'] == [None, None]
-
-
-def test_every_layer_of_ours_without_a_neutral_point_gives_its_reason():
-    for name, model in MODELS.items():
-        if not model.layer.neutral:
-            with pytest.raises(RuntimeError) as error:
-                timm.create_model(name, pretrained=True, device='meta')
-            assert str(error.value) == f'There are no pretrained weights for {name}: {model.layer.no_weights}'
-            assert '\n' not in model.layer.no_weights

@@ -93,13 +93,25 @@ def _command(args: dict[str, Any]) -> str:
 def _validate_command(run: TrainRun) -> str:
     """Returns the validate.py command line that measures the card's numbers."""
     words = ['validate.py', '--data-dir DATA']
-    for key in ('dataset', 'amp_dtype'):
-        if run.args.get(key) and (key != 'amp_dtype' or run.args.get('amp')):
-            words.append(f'--{key.replace("_", "-")} {shlex.quote(str(run.args[key]))}')
+    if run.args.get('dataset'):
+        words.append(f'--dataset {shlex.quote(run.args["dataset"])}')
     if run.args.get('amp'):
         words.append('--amp')
-    split = run.args.get('val_split') or 'validation'
-    return ' '.join([*words, f'--split {split}', f'--model {PLACEHOLDER}', '--pretrained'])
+        if run.args.get('amp_dtype'):
+            words.append(f'--amp-dtype {run.args["amp_dtype"]}')
+    return ' '.join([*words, f'--split {run.val_split}', f'--model {PLACEHOLDER}', '--pretrained'])
+
+
+def start_command(arch: str, num_classes: int, weights: str | Path) -> str:
+    """Returns the train.py command line that begins with converted weights.
+
+    Args:
+        arch: Name of the model.
+        num_classes: Classes of the weights, 0 if they have no classifier.
+        weights: File of the weights.
+    """
+    start = '--initial-checkpoint' if num_classes else '--pretrained --pretrained-path'
+    return f'train.py --model {arch} --num-classes {num_classes or "N"} {start} {weights} ...'
 
 
 def run_card(model: nn.Module, run: TrainRun, base_model: str | None) -> str:
@@ -113,7 +125,6 @@ def run_card(model: nn.Module, run: TrainRun, base_model: str | None) -> str:
     arch = model.pretrained_cfg['architecture']
     row = MODELS.get(arch)
     names = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
-    split = run.args.get('val_split') or 'validation'
     data = card_data(
         row.layer.tag if row else None,
         license=model.pretrained_cfg.get('license'),
@@ -132,7 +143,7 @@ def run_card(model: nn.Module, run: TrainRun, base_model: str | None) -> str:
         ] or None,
     )
     size = ' x '.join(map(str, timm.data.resolve_input_data_config(model, args=run.args)['input_size'][1:]))
-    measured = f'On the {split} split, after epoch {run.epoch} (the first is 0), at {size} pixels:'
+    measured = f'On the {run.val_split} split, after epoch {run.epoch} (the first is 0), at {size} pixels:'
     weights = 'the exponential moving average' if run.averaged else 'as trained'
     return card(
         data,
@@ -172,8 +183,7 @@ def converted_card(model: nn.Module, source: str, grafted: bool) -> str:
         f'`{row.name}` ([{row.layer.title}]({row.layer.paper.url})) with the weights of `{source}`, {what} '
         f'{_license(model)}',
         '## Train',
-        f'```bash\ntrain.py --model {row.name} --num-classes {model.num_classes} --initial-checkpoint '
-        'model.safetensors ...\n```',
+        f'```bash\n{start_command(row.name, model.num_classes, "model.safetensors")}\n```',
         _usage(row),
         citation(row),
     )

@@ -86,12 +86,13 @@ def _load(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     model.load_state_dict(state_dict, strict=False)
 
 
-def _check_class_names(found: list[str], model: nn.Module, file: str | Path | None) -> list[str] | None:
+def _class_names(args: dict[str, Any], model: nn.Module, file: str | Path | None) -> list[str] | None:
     if file is not None:
         names = read_names_file(file)
         if len(names) != model.num_classes:
             raise ValueError(f'{file} holds {len(names)} class names, the head has {model.num_classes} outputs.')
         return names
+    found = read_class_names(args)  # walks the data folder
     if len(found) == model.num_classes:
         return found
     _logger.warning('No class names are written: neither the class map nor the data folder of the run gives '
@@ -177,7 +178,7 @@ def export_run(
             cfg.pop(key, None)
         if license:
             cfg['license'] = license
-        names = _check_class_names(run.class_names, model, class_names)
+        names = _class_names(run.args, model, class_names)
         card = run_card(model, run, cfg['hf_hub_id'].partition('@')[0] if from_hub else None)
         _write(folder, model, run.args, tag or run.dataset.lower().replace(' ', '_'), names, card)
     return out_dir
@@ -241,7 +242,7 @@ def convert_checkpoint(
             cfg.pop(key, None)
         if license:
             cfg['license'] = license
-        names = _check_class_names(read_class_names(args), model, class_names)
+        names = _class_names(args, model, class_names)
         card = converted_card(model, checkpoint.name, grafted)
         _write(folder, model, args, tag or (f'{GRAFT}custom' if grafted else 'custom'), names, card)
     return out_dir

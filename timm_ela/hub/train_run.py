@@ -83,7 +83,6 @@ class TrainRun:
     averaged: bool  # True if the weights are the run's moving average
     epoch: int | None  # of the checkpoint, from 0
     metrics: dict[str, float]  # accuracy of these weights in percent, 'top1' and 'top5'; empty if it was not measured
-    class_names: list[str]  # in the head's order; empty if neither class map nor data folder exists (any more)
 
     @classmethod
     def read(cls, run_dir: Path, checkpoint: str = 'model_best.pth.tar', ema: bool = True) -> 'TrainRun':
@@ -109,7 +108,7 @@ class TrainRun:
         metrics = _read_metrics(run_dir, epoch) if averaged == measured_on_average else {}
         if metrics and _validated_on_all(args):
             _logger.warning(
-                f'The data folder has no {args.get("val_split")!r}: train.py measured the accuracy on training images '
+                f'The data folder has no {_val_split(args)!r}: train.py measured the accuracy on training images '
                 'too, and it is left out.')
             metrics = {}
         return cls(
@@ -118,8 +117,12 @@ class TrainRun:
             averaged=averaged,
             epoch=epoch,
             metrics=metrics,
-            class_names=read_class_names(args),
         )
+
+    @property
+    def val_split(self) -> str:
+        """Name of the split that the accuracy was measured on."""
+        return _val_split(self.args)
 
     @property
     def dataset(self) -> str:
@@ -128,12 +131,16 @@ class TrainRun:
         return Path(args.get('dataset') or args.get('data_dir') or args.get('data') or '').name or 'custom'
 
 
+def _val_split(args: dict[str, Any]) -> str:
+    return args.get('val_split') or 'validation'
+
+
 def _validated_on_all(args: dict[str, Any]) -> bool:
     """True if the data folder lacks the validation split: timm then takes every image under it."""
     root = Path(args.get('data_dir') or args.get('data') or '')
     if args.get('dataset') or root == Path() or not root.is_dir():
         return False
-    return Path(_search_split(str(root), args.get('val_split') or 'validation')) == root
+    return Path(_search_split(str(root), _val_split(args))) == root
 
 
 def _read_args(run_dir: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ela_functional import check_input, ela, gate
+from .ela_functional import check_input, ela, gate, open_gates
 
 torch.fx.wrap('ela')  # one node in a traced graph, with its checks and its choice of path inside
 
@@ -127,8 +127,7 @@ class EfficientLocalAttention(nn.Module):
     @torch.jit.ignore
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The two gates of x: a_h (N, C, H) and a_w (N, C, W), values in (0, 1), in x's dtype."""
-        logits_h, logits_w = self._logits(x)
-        return logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
+        return open_gates(x, *self._logits(x))
 
     @torch.jit.ignore
     def _logits(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
+
+from .tracing import is_exporting, is_traced, is_transformed
 
 _FUSED = True
 if (_value := os.environ.get('TIMM_ELA_FUSED', '1')) in ('0', '1'):
     _FUSED = _value == '1'
 else:
     logging.getLogger(__name__).warning(f'TIMM_ELA_FUSED={_value} is neither 0 nor 1: taken as 1.')
-
-_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # PyTorch 2.5 has none
 
 
 def set_fused(enable: bool = True) -> None:
@@ -44,10 +44,15 @@ def strip_logits(
     return F.group_norm(z, norm_groups, norm_weight, norm_bias, eps)
 
 
-def gate(x: Tensor, logits_h: Tensor, logits_w: Tensor) -> Tensor:
-    """Multiplies x (N, C, H, W) by the sigmoids of logits_h (N, C, H) and logits_w (N, C, W)."""
+def open_gates(x: Tensor, logits_h: Tensor, logits_w: Tensor) -> tuple[Tensor, Tensor]:
+    """The gates a_h (N, C, H) and a_w (N, C, W) of x from their logits, in x's dtype."""
     # Under CUDA autocast GroupNorm returns float32, which would promote the whole activation.
-    a_h, a_w = logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
+    return logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
+
+
+def gate(x: Tensor, logits_h: Tensor, logits_w: Tensor) -> Tensor:
+    """Multiplies x (N, C, H, W) by the gates that logits_h (N, C, H) and logits_w (N, C, W) open."""
+    a_h, a_w = open_gates(x, logits_h, logits_w)
     return x * a_h.unsqueeze(3) * a_w.unsqueeze(2)
 
 
@@ -174,20 +179,20 @@ class _Gate(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, logits_h: Tensor, logits_w: Tensor) -> Tensor:
         ctx.save_for_backward(x, logits_h, logits_w)
-        return _gated(x, logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype))
+        return _gated(x, logits_h, logits_w)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, logits_h, logits_w = ctx.saved_tensors
-        a_h, a_w = logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
-        grad_x = _gated(grad, a_h, a_w)
+        grad_x = _gated(grad, logits_h, logits_w)
         # d sigmoid = a (1 - a), and a is in grad_x already: one product serves both strips
         sum_h, sum_w = pool_strips(grad_x * x, divide=False)
         return grad_x, sum_h * (-logits_h).sigmoid(), sum_w * (-logits_w).sigmoid()  # 1 - a, of all its bits
 
 
-def _gated(x: Tensor, a_h: Tensor, a_w: Tensor, inplace: bool = False) -> Tensor:
-    """x (N, C, H, W) times the gates (N, C, H) and (N, C, W), in at most one allocation if no graph is recorded."""
+def _gated(x: Tensor, logits_h: Tensor, logits_w: Tensor, inplace: bool = False) -> Tensor:
+    """`gate`, in at most one allocation if no graph is recorded."""
+    a_h, a_w = open_gates(x, logits_h, logits_w)
     y = x.mul_(a_h.unsqueeze(3)) if inplace else x * a_h.unsqueeze(3)
     return y * a_w.unsqueeze(2) if torch.is_grad_enabled() else y.mul_(a_w.unsqueeze(2))
 
@@ -251,7 +256,7 @@ def ela(
 
     Args:
         x: Feature map (N, C, H, W).
-        conv_weight: As in `ela_reference`, and the next four, too.
+        conv_weight: Weight (C, C / groups, K) of the convolution.
         norm_weight: GroupNorm's scale (C,).
         norm_bias: GroupNorm's shift (C,).
         norm_groups: Groups of the GroupNorm.
@@ -284,21 +289,19 @@ def _ela(
     args = (conv_weight, norm_weight, norm_bias, groups, eps)
     # An exported program needs nothing of ours to run. Pooling needs known sizes (in dynamo, every size looks like an
     # int); instance_norm needs more than one value, even where GroupNorm takes one in each of several samples.
-    if (_is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if (is_exporting() and not torch.compiler.is_dynamo_compiling()
             and isinstance(x.shape[2], int) and isinstance(x.shape[3], int)
             and x.shape[1] // groups * min(x.shape[2:]) > 1):
         return _ela_exported(x, *args)
     # A compiler fuses the formula by itself.
-    if torch.compiler.is_compiling() or _is_exporting() or torch.jit.is_tracing():
+    if is_traced():
         return ela_reference(x, *args)
     check_input(x, conv_weight, norm_weight, norm_bias)
-    # torch.func and forward-mode derivatives need the formula.
-    if not _FUSED or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if not _FUSED or is_transformed():
         return ela_reference(x, *args)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, conv_weight, norm_weight, norm_bias))):
         with torch.no_grad():
             logits_h, logits_w = _both_logits(x, *pool_strips(x), *args)
-            a_h, a_w = logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
-            return _gated(x, a_h, a_w, inplace and _owns_its_memory(x))
+            return _gated(x, logits_h, logits_w, inplace and _owns_its_memory(x))
     x, z_h, z_w = _Pool.apply(x)
     return _Gate.apply(x, *_both_logits(x, z_h, z_w, *args))

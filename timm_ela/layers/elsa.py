@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
+
+from .tracing import is_traced, is_transformed
 
 torch.fx.wrap('elsa')  # one node in a traced graph, with its choice of path inside
 
@@ -61,17 +62,9 @@ def local_attention(v: Tensor, attn: Tensor, mul: Tensor | None, kernel_size: in
 def _recomputed(function: Callable[..., Tensor], *args) -> Tensor:
     """Calls the function; where a graph is recorded in eager mode, it keeps its arguments only and calls it again."""
     # Traces, torch.func and forward-mode derivatives need the operations themselves.
-    if not torch.is_grad_enabled() or _is_traced() or _is_transformed():
+    if not torch.is_grad_enabled() or is_traced() or is_transformed():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def _is_transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _skew(x: Tensor, length: int) -> Tensor:
@@ -114,7 +107,7 @@ def banded_attention(v: Tensor, attn: Tensor, kernel_size: int, dilation: int = 
 
 def _banded_by_images(v: Tensor, attn: Tensor, kernel_size: int, dilation: int) -> Tensor:
     """`banded_attention`, whose matrices live only while the images of one step are computed."""
-    if _is_traced() or _is_transformed() or not len(v):
+    if is_traced() or is_transformed() or not len(v):
         return banded_attention(v, attn, kernel_size, dilation)
     # the matrices of one image stay in a CPU's caches; a GPU wants more work at once
     step = 1 if v.device.type == 'cpu' else 32

@@ -18,11 +18,6 @@ _logger = logging.getLogger(__name__)
 Scaled = Mapping[type[nn.Module], tuple[str, ...]]
 
 
-def is_plain(state_dict: Mapping[str, Any]) -> bool:
-    """True if a state dict in timm's names has no attention weights."""
-    return not any('.se.' in key for key in state_dict)
-
-
 def graft(state_dict: dict[str, Tensor], model: nn.Module, layer: AttnLayer, scaled: Scaled) -> dict[str, Tensor]:
     """Completes a plain model's state dict with attention weights that change nothing.
 
