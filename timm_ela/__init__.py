@@ -5,6 +5,7 @@
 This file runs at the end of every `import torch` (see autoload.py), so it imports the standard library only. The public
 names load when they are first used.
 """
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -25,7 +26,10 @@ __all__ = [*_PUBLIC, '__version__']
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
+        import_module('timm.models')  # first: a thread that imports timm imports our modules, in this order
         return getattr(import_module(f'{__name__}.{_PUBLIC[name]}'), name)
+    if module := sys.modules.get(f'{__name__}.{name}'):  # loaded before this file was run once more: see autoload.py
+        return module
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

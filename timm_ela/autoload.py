@@ -3,28 +3,47 @@
 PyTorch (2.5 or newer) calls `install` at the end of `import torch`: entry point group `torch.backends` in
 pyproject.toml. Standard library only, and nothing here raises: an error would break `import torch` itself.
 """
-import importlib.util
+import importlib
 import sys
 import warnings
+from _thread import allocate_lock, start_new_thread
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
 _TARGET = 'timm.models'
 _FAMILIES = ('attn_resnet', 'attn_efficientnet', 'elsa_swin')
 _KNOWN_TIMM = ('1.0.31',)  # versions that passed the tests: make compat
-_installed = False
+_registering = allocate_lock()
 
 
-def register_models() -> None:
-    """Imports the families, whose models register themselves with timm; one warning names those that fail."""
+def register_models(retry: bool = True) -> bool:
+    """Imports the families, whose models register themselves with timm; one warning names those that fail.
+
+    What is registered stays as it is, so that calling again does what an earlier call could not.
+
+    Args:
+        retry: Whether to leave what fails to a new thread if there are other threads.
+
+    Returns:
+        True if all families are registered.
+    """
+    if not _registering.acquire(blocking=False):  # further up in this thread, or another thread is at it
+        return False
     failed = []
-    for name in _FAMILIES:
-        module = f'{__package__}.models.{name}'
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # a changed timm can raise anything, and timm's own import must go on
-            failed.append(f'{module} is not registered: {type(error).__name__}: {error}')
-    if failed:
+    try:
+        for name in _FAMILIES:
+            module = f'{__package__}.models.{name}'
+            try:
+                importlib.import_module(module)
+            except Exception as error:  # a changed timm can raise anything, and timm's own import must go on
+                failed.append(f'{module} is not registered: {type(error).__name__}: {error}')
+    finally:
+        _registering.release()
+    if failed and retry and len(sys._current_frames()) > 1:
+        # A thread that imports a module of ours may wait for timm, which this one loads. A new one holds no import's
+        # lock, and can wait for both.
+        start_new_thread(register_models, (False,))
+    elif failed:
         version = getattr(sys.modules.get('timm'), '__version__', 'unknown')
         known = f'This is timm {version}; known to work: {", ".join(_KNOWN_TIMM)}.'
         message = '. '.join([*(text.rstrip('.') for text in failed), known])
@@ -32,24 +51,27 @@ def register_models() -> None:
             warnings.warn(message, stacklevel=2)
         except Warning:  # with python -W error, the warning would make timm's import fail
             print(message, file=sys.stderr)
+        ours = [module for name, module in list(sys.modules.items()) if name.startswith(__package__)]
+        if not any(getattr(getattr(module, '__spec__', None), '_initializing', False) for module in ours):
+            sys.modules.pop(__package__, None)  # so that `import timm_ela` tries again
+    return not failed
 
 
 class _RegisterAfterTimm(MetaPathFinder):
     """Finds `timm.models` as the other finders do, and registers our models right after it has run."""
 
-    _searching = False
-
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        if name != _TARGET or self._searching:
+        if name != _TARGET:
             return None
-        self._searching = True
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._searching = False
-        if spec is not None and spec.loader is not None:
-            spec.loader = _LoadAndRegister(spec.loader, self)
-        return spec
+        # importlib.util.find_spec would wait for a thread that imports timm, and up to Python 3.11 that thread would
+        # wait for the import lock that this one holds here.
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1:]:
+            spec = finder.find_spec(name, path, target) if hasattr(finder, 'find_spec') else None
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _LoadAndRegister(spec.loader, self)
+                return spec
+        return None
 
 
 class _LoadAndRegister(Loader):
@@ -65,18 +87,14 @@ class _LoadAndRegister(Loader):
     def exec_module(self, module) -> None:
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        if self._finder in sys.meta_path:  # kept until now: an import of timm may fail and be tried again
+        # The finder stays until all is done: an import of timm may fail, or be interrupted, and be tried again.
+        if register_models() and self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
-        register_models()
 
 
 def install() -> None:
-    """Registers the models now if `timm.models` is loaded, otherwise right after it loads. Idempotent, never raises."""
-    global _installed
-    if _installed:
-        return
-    _installed = True
+    """Registers what is not registered if `timm.models` is loaded, otherwise right after it loads. Never raises."""
     if _TARGET in sys.modules:
         register_models()
-    else:
+    elif not any(type(finder).__name__ == _RegisterAfterTimm.__name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegisterAfterTimm())

@@ -1,0 +1,118 @@
+"""The hook under threads, and after a registration that was cut off. Every claim is made of fresh interpreters."""
+import textwrap
+
+import pytest
+from helpers import AUTOLOAD_OFF, run_python
+
+from timm_ela.models.registry import MODELS
+
+NUMBER = sum('_ela_' in name for name in MODELS)
+COUNT = 'print(len(timm.list_models("*_ela_*")))'
+STATEMENTS = [
+    'import timm; timm.create_model("resnet18", device="meta")',
+    'from timm.data import create_transform',
+    'import timm',
+    'import timm.models',
+    'import timm_ela',
+    'from timm_ela import EfficientLocalAttention',
+]
+OF_OURS = ['import timm_ela.models.attn_resnet', 'import timm_ela.layers.ela', 'import timm_ela.models.registry']
+
+# timm and torchvision fail in some of the threads, with or without us: their modules import each other.
+THREADS = '''
+import sys, threading, time
+{first}
+if {interval}:
+    sys.setswitchinterval({interval})
+statements = {statements!r}
+barrier = threading.Barrier(8)
+def work(i):
+    barrier.wait()
+    try:
+        exec(statements[({turn} + i) % len(statements)], {{}})
+    except (ImportError, AttributeError, KeyError, RuntimeError) as error:  # _DeadlockError is a RuntimeError
+        print(error, file=sys.stderr)
+threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+import timm
+end = time.monotonic() + {patience}
+while time.monotonic() < end and len(timm.list_models('*_ela_*')) < {number}:
+    time.sleep(0.1)
+print(len(timm.list_models('*_ela_*')))
+'''
+
+
+def run_threads(statements, turn, first='', interval=None, patience=0):
+    code = THREADS.format(
+        first=first, interval=interval, statements=statements, turn=turn, patience=patience, number=NUMBER)
+    return run_python(code, timeout=120)  # a hang fails
+
+
+@pytest.mark.parametrize('turn', range(5))
+@pytest.mark.parametrize('interval', [None, 1e-5])
+@pytest.mark.parametrize('first', ['', 'import torch'])
+def test_threads_that_import_timm_end_and_the_models_are_there(first, interval, turn):
+    done = run_threads(STATEMENTS, turn, first, interval)
+    assert done.stdout == f'{NUMBER}\n'
+    assert 'is not registered' not in done.stderr
+
+
+@pytest.mark.parametrize('turn', range(3))
+def test_where_threads_import_modules_of_ours_too_the_models_are_there_a_moment_later(turn):
+    done = run_threads([*STATEMENTS, *OF_OURS], 3 * turn, 'import torch', 1e-5, patience=60)
+    assert done.stdout == f'{NUMBER}\n'
+    assert 'is not registered' not in done.stderr
+
+
+# -- Cut off -----------------------------------------------------------------------------------------------------------
+
+FAILS_ONCE = '''
+import sys
+{first}
+from importlib.abc import MetaPathFinder
+class FailsOnce(MetaPathFinder):
+    failed = False
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r} and not self.failed:
+            self.failed = True
+            raise {error}('once')
+sys.meta_path.insert(0, FailsOnce())
+try:
+    {second}
+    import timm
+    {count}
+except {error}:
+    print('raised')
+{third}
+import timm
+{count}
+import timm_ela.layers.ela
+timm_ela.layers.ela.VARIANTS, timm_ela.ATTN_LAYERS
+'''
+
+
+@pytest.mark.parametrize(('first', 'second', 'third', 'env'), [
+    ('import torch', 'import timm', 'import timm', {}),
+    ('import torch', 'import timm', 'import timm_ela.models.registry', {}),
+    ('import timm', 'import timm_ela', 'import timm_ela', AUTOLOAD_OFF),
+    ('', 'import timm_ela, timm', 'import timm_ela', AUTOLOAD_OFF),
+])
+def test_an_interrupted_registration_is_completed_by_the_next_import(first, second, third, env):
+    code = FAILS_ONCE.format(
+        first=first, second=second, third=third, module='timm_ela.models.attn_efficientnet', error='KeyboardInterrupt',
+        count=COUNT)
+    done = run_python(textwrap.dedent(code), env=env)
+    assert done.stdout == f'raised\n{NUMBER}\n'
+    assert not done.stderr
+
+
+@pytest.mark.parametrize('third', ['import timm_ela', 'import timm_ela.layers'])
+def test_a_family_that_failed_is_registered_by_the_next_import_of_ours(third):
+    code = FAILS_ONCE.format(
+        first='import torch', second='import timm', third=third, module='timm_ela.models.blocks', error='ImportError',
+        count=COUNT)
+    done = run_python(textwrap.dedent(code))
+    before, after = map(int, done.stdout.split())
+    assert before < after == NUMBER
+    assert 'timm_ela.models.attn_resnet is not registered: ImportError: once' in done.stderr
