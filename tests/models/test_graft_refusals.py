@@ -35,10 +35,10 @@ def test_a_checkpoint_with_some_of_the_attention_weights_is_refused(base, layer,
     ('resnet18_ela_b', 'resnet34', "has 96 unexpected weights, first 'layer1.2.conv1.weight'"),
     ('resnet34_gc', 'resnet18', "lacks 80 weights, first 'layer1.2.conv1.weight'"),
     ('resnet50_ela_b', 'wide_resnet50_2', "'layer1.0.conv1.weight' is (128, 64, 1, 1) in the checkpoint"),
-    ('resnet50_ca', 'resnet50d', "lacks 16 weights, first 'layer1.0.downsample.0.weight'"),
+    ('resnet50_ca', 'resnet50d', "lacks 17 weights, first 'conv1.weight'"),
     ('resnet50_ela_b', 'seresnet50', "has 64 unexpected weights, first 'layer1.0.se.fc1.weight'"),
-    ('mobilenetv2_050_se', 'mobilenetv2_100', "'bn1.weight' is (32,) in the checkpoint and (16,) in the model"),
-    ('mobilenetv2_ela_b', 'resnet18', "first 'blocks.0.0.conv_dw.weight'"),
+    ('mobilenetv2_050_se', 'mobilenetv2_100', "'conv_stem.weight' is (32, 3, 3, 3) in the checkpoint"),
+    ('mobilenetv2_ela_b', 'resnet18', "first 'conv_stem.weight'"),
     ('tf_efficientnet_lite0_ela_b', 'efficientnet_b0',
      "has 64 unexpected weights, first 'blocks.0.0.se.conv_reduce.weight'"),
     ('tf_efficientnet_lite0_se', 'tf_efficientnet_lite1',
@@ -51,6 +51,41 @@ def test_a_checkpoint_of_another_architecture_is_refused_with_the_first_key_that
     message = str(error.value)
     assert message.startswith(f'Cannot graft onto {name}: ') and '\n' not in message
     assert reason in message
+
+
+OTHER_WAYS = pytest.mark.parametrize('kwargs', [{}, {'num_classes': 7}, {'in_chans': 1}], ids=str)
+
+
+@OTHER_WAYS
+@pytest.mark.parametrize('attention', [True, False], ids=['own', 'plain'])
+@pytest.mark.parametrize(('base', 'key'), [
+    ('resnet18', 'conv1.weight'), ('mobilenetv2_050', 'conv_stem.weight'), ('mobilenetv2_050', 'bn2.running_var')])
+def test_a_checkpoint_without_the_stem_or_another_weight_is_refused(base, key, attention, kwargs):
+    name = f'{base}_ela_t'
+    state_dict = skeleton(name if attention else base).state_dict()
+    del state_dict[key]
+    with pytest.raises(RuntimeError, match=f"the checkpoint lacks 1 weights, first '{key}'"):
+        load(name, state_dict, device='meta', **kwargs)
+
+
+@OTHER_WAYS
+@pytest.mark.parametrize('attention', [True, False], ids=['own', 'plain'])
+def test_the_head_of_another_model_is_refused(attention, kwargs):
+    state_dict = skeleton('resnet18_ela_t' if attention else 'resnet18').state_dict()
+    state_dict['fc.weight'] = skeleton('resnet50').state_dict()['fc.weight']
+    with pytest.raises(RuntimeError, match=r"'fc.weight' is \(1000, 2048\) in the checkpoint and "):
+        load('resnet18_ela_t', state_dict, device='meta', **kwargs)
+
+
+@pytest.mark.parametrize('attention', [True, False], ids=['own', 'plain'])
+@pytest.mark.parametrize('name', ['resnet18_ela_t', 'mobilenetv2_050_ela_t'])
+def test_a_head_may_be_missing_only_where_it_is_made_anew(name, attention):
+    source = skeleton(name if attention else MODELS[name].base)
+    state_dict = {k: v for k, v in source.state_dict().items() if not k.startswith(('fc.', 'classifier.'))}
+    for kwargs in ({'num_classes': 7}, {'num_classes': 0}, {'features_only': True}):
+        load(name, state_dict, device='meta', **kwargs)
+    with pytest.raises(RuntimeError, match=r'Missing key.*(fc|classifier)\.weight'):
+        load(name, state_dict, device='meta')
 
 
 SETTINGS = ('mean', 'std', 'input_size', 'test_input_size', 'crop_pct', 'first_conv', 'classifier')

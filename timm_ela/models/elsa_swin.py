@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..layers.attn_layers import ELSA
 from ..layers.elsa import EnhancedLocalSelfAttention
 from .registry import Model, make_default_cfgs, register_models
+from .weights import difference
 
 __all__: list[str] = []  # register_model adds each entry point
 
@@ -158,17 +159,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         RuntimeError: If they are those of another architecture, or of another size of image or window.
     """
     state_dict = rename_state_dict(state_dict, model)
-    cfg = model.pretrained_cfg
-    arch, adapted = cfg['architecture'], {cfg.get('first_conv'), cfg.get('classifier')}  # timm fits these
-    own = {k: v.shape for k, v in model.state_dict().items() if k.rpartition('.')[0] not in adapted}
-    found = {k: v.shape for k, v in state_dict.items() if k.rpartition('.')[0] not in adapted}
-    for k in (*own, *found):
-        if own.get(k) != found.get(k):
-            have, need = ('absent' if of.get(k) is None else tuple(of[k]) for of in (found, own))
-            raise RuntimeError(
-                f'The weights are not those of {arch}: {k!r} is {have} in the checkpoint and {need} in the model'
-                + ('; make the model for the weights\' size, and call set_input_size after they are loaded.'
-                   if k.endswith('relative_position_bias_table') and k in found and k in own else '.'))
+    if reason := difference(state_dict, model, adapted=True):
+        of_size = '; make the model for the weights\' size, and call set_input_size after they are loaded'
+        hint = of_size if 'relative_position_bias_table\' is' in reason else ''
+        raise RuntimeError(f'The weights are not those of {model.pretrained_cfg["architecture"]}: {reason}{hint}.')
     return state_dict
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers.attn_layers import AttnLayer
+from .weights import difference
 
 _logger = logging.getLogger(__name__)
 
@@ -40,9 +41,10 @@ def graft(state_dict: dict[str, Tensor], model: nn.Module, layer: AttnLayer, sca
         f'{name}.': block for name, block in model.named_modules()
         if isinstance(block, classes) and not isinstance(block.se, nn.Identity | None)}
     own = {f'{name}se.{k}': v for name, block in blocks.items() for k, v in block.se.state_dict().items()}
-    # Old checkpoints have no num_batches_tracked, and batch norm fills it in.
     missing = [k for k in own if k not in state_dict and not k.endswith('num_batches_tracked')]
     if not missing:
+        if reason := difference(state_dict, model, adapted=True):
+            raise RuntimeError(f'The weights are not those of {arch}: {reason}.')
         return state_dict
     if any(k in state_dict for k in own):
         raise RuntimeError(
@@ -50,7 +52,8 @@ def graft(state_dict: dict[str, Tensor], model: nn.Module, layer: AttnLayer, sca
             'it must hold all of them, or none to be grafted.')
     if layer.neutral is None:
         raise RuntimeError(f'Cannot graft plain weights onto {arch}: {layer.no_weights}')
-    _check_plain(state_dict, model, set(own), arch)
+    if reason := difference(state_dict, model, without=own, adapted=True):
+        raise RuntimeError(f'Cannot graft onto {arch}: {reason}; it must be one of the plain model.')
 
     grafted = dict(state_dict)
     for k, v in own.items():
@@ -61,27 +64,3 @@ def graft(state_dict: dict[str, Tensor], model: nn.Module, layer: AttnLayer, sca
     _logger.warning(
         f'Grafted plain weights onto {arch}: it computes what the plain model does, its attention is untrained.')
     return grafted
-
-
-def _check_plain(state_dict: Mapping[str, Tensor], model: nn.Module, own: set[str], arch: str) -> None:
-    """Raises unless this is a plain checkpoint: timm loads non-strictly when num_classes differs."""
-    cfg = model.pretrained_cfg
-    adapted = {cfg.get('first_conv'), cfg.get('classifier')}  # timm fits these to in_chans and num_classes
-
-    def is_adapted(key: str) -> bool:
-        return key.rpartition('.')[0] in adapted
-
-    expected = {k: v for k, v in model.state_dict().items() if k not in own}
-    missing = [k for k in expected if k not in state_dict and not (is_adapted(k) or k.endswith('num_batches_tracked'))]
-    parts = {name for name, _ in model.named_children()}  # features_only models of EfficientNet have no head
-    unexpected = [k for k in state_dict if k not in expected and not is_adapted(k) and k.partition('.')[0] in parts]
-    for what, keys in (('lacks {} weights', missing), ('has {} unexpected weights', unexpected)):
-        if keys:
-            raise RuntimeError(
-                f'Cannot graft onto {arch}: the checkpoint {what.format(len(keys))}, first {keys[0]!r}; '
-                f'it must be one of the plain model.')
-    for k, v in expected.items():
-        if k in state_dict and v.shape != state_dict[k].shape and not is_adapted(k):
-            raise RuntimeError(
-                f'Cannot graft onto {arch}: {k!r} is {tuple(state_dict[k].shape)} in the checkpoint and '
-                f'{tuple(v.shape)} in the model; it must be one of the plain model.')
