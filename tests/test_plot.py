@@ -1,9 +1,11 @@
 """What `timm_ela.plot` draws: its numbers are the gates, and the model is left as it was."""
 import importlib
 import re
+import resource
 import sys
 from io import BytesIO
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -338,6 +340,29 @@ def test_a_failed_run_keeps_the_older_file(tmp_path, image):
     with pytest.raises(ValueError, match='stage 9'):
         plot_file(tmp_path / 'in.png', 'resnet18_ela_t', tmp_path / 'out.png', [9], pretrained=False)
     assert (tmp_path / 'out.png').read_text() == 'older'
+
+
+def test_a_full_disk_keeps_the_older_file_and_leaves_no_part(tmp_path, image):
+    image.save(tmp_path / 'in.png')
+    (tmp_path / 'out.png').write_text('older')
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes of any file: a write stops as on a full disk
+    try:
+        with pytest.raises(OSError, match=r'out\.png|too large'):
+            plot_file(tmp_path / 'in.png', 'resnet18_ela_t', tmp_path / 'out.png', [1], pretrained=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in tmp_path.iterdir()} == {'in.png', 'out.png'}
+    assert (tmp_path / 'out.png').read_text() == 'older'
+
+
+def test_a_link_and_a_device_stay_what_they_are(tmp_path, image):
+    image.save(tmp_path / 'in.png')
+    (tmp_path / 'link.png').symlink_to(tmp_path / 'out.png')
+    for output in (tmp_path / 'link.png', '/dev/null'):
+        plot_file(tmp_path / 'in.png', 'resnet18_ela_t', output, [1], pretrained=False)
+    assert (tmp_path / 'link.png').is_symlink() and Image.open(tmp_path / 'out.png').format == 'PNG'
+    assert not Path('/dev/null').is_file()
 
 
 @pytest.mark.parametrize('name, asked, loaded', [

@@ -1,4 +1,5 @@
 """The gates of Efficient Local Attention (ELA), drawn beside the picture that the model saw."""
+import os
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -305,4 +306,13 @@ def plot_file(
     rendered = BytesIO()
     figure = plot_attention(opened, model, stages, topk, channel=channel)
     figure.savefig(rendered, format=Path(output).suffix[1:] or 'png', dpi=150)
-    Path(output).write_bytes(rendered.getvalue())
+    path = Path(output).resolve()
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_bytes(rendered.getvalue())
+        return
+    partial = path.with_name(f'.{path.name}.{os.getpid()}')  # beside it: a full disk leaves no half picture
+    try:
+        partial.write_bytes(rendered.getvalue())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
