@@ -139,7 +139,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named(fails, write_run, tmp_path, m
     ('model: resnet18_ela_x', "knows no model 'resnet18_ela_x'"),
     ('model: mobilenetv2_050_ela_t.graft_x', 'graft_x'),
     ('model: mobilenetv2_050_ela_b\nnum_classes: 3', 'not those of mobilenetv2_050_ela_b'),
-    ('model: mobilenetv2_050\nnum_classes: 3', '48 are foreign'),
+    ('model: mobilenetv2_050\nnum_classes: 3', 'has 48 unexpected weights'),
     ('model: mobilenetv2_050_ela_t\nnum_classes: 3\nmean: [0.5, 0.5]', 'mean'),
 ])
 def test_a_run_that_is_not_one_of_train_py_is_told_why(fails, write_run, tmp_path, args, told):
@@ -190,8 +190,8 @@ def test_a_folder_that_is_not_empty_is_kept(fails, write_run, tmp_path):
     for out in ('out', 'out/mine'):
         assert str(tmp_path / out) in fails('export', folder, tmp_path / out)
     assert os.listdir(tmp_path / 'out') == ['mine']
-    cli.main(['export', str(folder), str(tmp_path / 'out'), '--force'])
-    assert 'mine' not in os.listdir(tmp_path / 'out')
+    assert 'holds mine and is no export' in fails('export', folder, tmp_path / 'out', '--force')
+    assert os.listdir(tmp_path / 'out') == ['mine']
 
 
 @pytest.mark.parametrize('repo_id, token, told', [
@@ -203,6 +203,38 @@ def test_what_cannot_be_pushed_is_told_before_the_hub_is_asked(fails, tmp_path, 
     monkeypatch.setattr(push, 'get_token', lambda: token)
     monkeypatch.setattr(push, 'HfApi', None)
     assert told in fails('push', tmp_path, repo_id)
+
+
+@pytest.mark.parametrize('file, change, told', [
+    ('model.safetensors', lambda data: b'', 'model.safetensors is truncated'),
+    ('model.safetensors', lambda data: data[:-1], 'model.safetensors is truncated'),
+    ('config.json', lambda data: b'{', 'config.json is not the configuration of a timm model'),
+    ('config.json', lambda data: b'{}', 'config.json is not the configuration of a timm model'),
+    ('config.json', lambda data: data.replace(b'ela_t', b'ela_x'), 'config.json makes no model'),
+    ('config.json', lambda data: data.replace(b'ela_t', b'ela_b'), "'blocks.1.0.se.conv.weight' is"),
+    ('config.json', lambda data: data.replace(b'"num_classes": 3', b'"num_classes": 4'), "'classifier.weight' is"),
+    ('config.json', lambda data: data.replace(b'050_ela_t', b'050'), 'unexpected weights'),
+])
+def test_a_folder_that_nobody_could_load_is_not_pushed(fails, write_run, tmp_path, monkeypatch, file, change, told):
+    monkeypatch.setattr(push, 'get_token', lambda: 'hf_x')
+    monkeypatch.setattr(push, 'HfApi', None)
+    out = publish.export_run(write_run(timm.create_model(MODEL, num_classes=3)), tmp_path / 'out')
+    before = (out / file).read_bytes()
+    (out / file).write_bytes(change(before))
+    assert (out / file).read_bytes() != before
+    assert told in fails('push', out, 'me/x')
+
+
+def test_weights_that_are_not_finite_are_neither_converted_nor_pushed(fails, tmp_path, monkeypatch):
+    monkeypatch.setattr(push, 'get_token', lambda: 'hf_x')
+    monkeypatch.setattr(push, 'HfApi', None)
+    plain = timm.create_model(PLAIN, num_classes=3)
+    torch.nn.init.constant_(plain.conv_head.weight[:1], float('nan'))
+    torch.save(plain.state_dict(), tmp_path / 'c.pth')
+    assert "'conv_head.weight' holds NaN" in fails('convert', tmp_path / 'c.pth', '--model', MODEL, tmp_path / 'out')
+    timm.models.save_for_hf(plain, tmp_path / 'out', safe_serialization=True)
+    (tmp_path / 'out' / 'README.md').touch()
+    assert "'conv_head.weight' holds NaN" in fails('push', tmp_path / 'out', 'me/x')
 
 
 @pytest.mark.parametrize('size, model, told', [(50, MODEL, 'cat.png'), (None, 'resnet18_ela_x', 'resnet18_ela_x')])
@@ -227,7 +259,13 @@ def test_an_interruption_is_one_line_too(fails, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
     monkeypatch.setattr(publish, 'export_run', interrupted)
-    assert 'error: interrupted' in fails('export', 'a', 'b')
+    assert 'error: interrupted; nothing was written' in fails('export', 'a', 'b')
+
+
+def test_a_name_that_cannot_be_printed_is_no_error(write_run, tmp_path):
+    folder, out = write_run(timm.create_model(MODEL, num_classes=3)), tmp_path / 'out-\udce9-日本'
+    done = run((*MODULE, 'export', folder, out), env={'PYTHONIOENCODING': 'ascii'})
+    assert done.stdout.startswith('Wrote ') and (out / 'config.json').is_file()
 
 
 def test_debug_gives_the_traceback(tmp_path):

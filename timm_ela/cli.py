@@ -1,9 +1,12 @@
 """The command line: timm-ela list | run | convert | export | push | plot, and `python -m timm_ela`."""
 import argparse
+import io
 import json
 import logging
 import runpy
+import signal
 import sys
+import threading
 from pathlib import Path
 
 from . import __version__
@@ -127,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=help, description=f'{help[0].upper()}{help[1:]}.', epilog=f'example: timm-ela {name} {example}',
             parents=[common, *parents])
-        sub.set_defaults(function=function)
+        left = 'the repository is as it was before, or complete' if name == 'push' else 'nothing was written'
+        sub.set_defaults(function=function, left=left)
         return sub
 
     sub = command(_list, 'list', 'list the models', '"resnet50*" --tags')
@@ -148,14 +152,14 @@ def _parser() -> argparse.ArgumentParser:
         'source', metavar='checkpoint', help='.pth.tar of train.py, .pth or .safetensors')
     sub.add_argument('out_dir', help='folder to write')
     sub.add_argument('--model', required=True, help='model of timm_ela')
-    sub.add_argument('--force', action='store_true', help='replace the folder and all that is in it')
+    sub.add_argument('--force', action='store_true', help='replace the export in the folder')
 
     sub = command(
         _export, 'export', 'write a run of train.py as a folder of weights, config and card',
         'output/train/my-run my-model --tag flowers', weights, run)
     sub.add_argument('run_dir', help='output folder of train.py')
     sub.add_argument('out_dir', help='folder to write')
-    sub.add_argument('--force', action='store_true', help='replace the folder and all that is in it')
+    sub.add_argument('--force', action='store_true', help='replace the export in the folder')
 
     sub = command(
         _push, 'push', 'upload a folder, or a run of train.py, to the Hub in one commit', 'my-model me/my-model',
@@ -178,6 +182,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs one command; an error is one line on stderr and exit code 2."""
     parser = _parser()
@@ -188,12 +196,20 @@ def main(argv: list[str] | None = None) -> None:
         return _run(args)  # the script's errors are its own
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     logging.getLogger(__package__).setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a name that cannot be printed is no error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # so that what is half-written is removed
     try:
         return args.function(args)
-    except (Exception, KeyboardInterrupt) as error:  # the outermost place: every error becomes one line
+    except KeyboardInterrupt:
         if args.debug:
             raise
-        line = ' '.join(str(error).split()) or ('interrupted' if isinstance(error, KeyboardInterrupt) else repr(error))
+        line = f'interrupted; {args.left}'
+    except Exception as error:  # the outermost place: every error becomes one line
+        if args.debug:
+            raise
+        line = ' '.join(str(error).split()) or repr(error)
     # Only now are the frames of the error gone, and with them an upload's progress bar, which leaves a blanked line.
     start = '\r' if args.command == 'push' else ''
     print(f'{start}timm-ela {args.command}: error: {line}', file=sys.stderr)

@@ -4,7 +4,6 @@ import os
 import shlex
 import sys
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -297,53 +296,3 @@ def test_a_checkpoint_without_a_classifier_becomes_a_model_without_one(new_model
     assert model.num_classes == 0 and give_equal_logits(plain, model)
     assert 'no classifier: the model is written without one' in caplog.text
     assert '--num-classes N --pretrained --pretrained-path model.safetensors' in card(tmp_path / 'out').text
-
-
-# Folders
-def fail(error: BaseException, *_, **__):
-    raise error
-
-
-@pytest.mark.parametrize('step, error, before', [
-    ('TrainRun.read', OSError(), {'config.json': 'old'}),
-    ('run_card', OSError(), {'config.json': 'old'}),
-    ('save_for_hf', OSError('no space left'), {'config.json': 'old'}),
-    ('save_for_hf', OSError('no space left'), {}),
-    ('save_for_hf', KeyboardInterrupt(), None),
-])
-def test_whatever_fails_the_folder_stays_as_it_was(new_model, write_run, tmp_path, monkeypatch, step, error, before):
-    out = tmp_path / 'new' / 'out' if before is None else tmp_path / 'out'
-    run = write_run(new_model())
-    if before is not None:
-        out.mkdir()
-    for name, text in (before or {}).items():
-        (out / name).write_text(text)
-    files = sorted(tmp_path.rglob('*'))
-    monkeypatch.setattr(f'timm_ela.hub.publish.{step}', partial(fail, error))
-    with pytest.raises(type(error)):
-        export_run(run, out, force=True)
-    assert sorted(tmp_path.rglob('*')) == files
-    assert {path.name: path.read_text() for path in out.glob('*')} == (before or {})
-
-
-def test_a_folder_that_is_not_empty_is_replaced_only_by_force(new_model, write_run, tmp_path):
-    run, out = write_run(new_model()), tmp_path / 'a' / 'out'
-    export_run(run, out)
-    (out / 'mine.txt').write_text('mine')
-    with pytest.raises(FileExistsError, match='--force'):
-        export_run(run, out)
-    assert {path.name for path in out.iterdir()} == FILES | {'mine.txt'}
-    export_run(run, out, force=True, tag='second')
-    assert {path.name for path in out.iterdir()} == FILES and list(out.parent.iterdir()) == [out]
-    assert load(out).pretrained_cfg['tag'] == 'second'
-
-
-@pytest.mark.parametrize('out', ['run', '.', 'run/../run'])
-def test_force_never_deletes_what_is_read(new_model, write_run, tmp_path, out):
-    run = write_run(new_model())
-    files = sorted(tmp_path.rglob('*'))
-    with pytest.raises(FileExistsError, match='would be deleted'):
-        export_run(run, tmp_path / out, force=True)
-    with pytest.raises(FileExistsError, match='would be deleted'):
-        convert_checkpoint(run / 'last.pth.tar', MODEL, tmp_path / out, force=True)
-    assert sorted(tmp_path.rglob('*')) == files

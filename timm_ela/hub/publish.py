@@ -3,10 +3,9 @@ import json
 import logging
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -14,34 +13,69 @@ from timm.models import get_arch_name, get_pretrained_cfg, save_for_hf
 from torch import Tensor, nn
 
 from ..models.registry import GRAFT, MODELS, family
+from ..models.weights import difference
 from .cards import converted_card, run_card
 from .train_run import TrainRun, read_checkpoint, read_class_names, read_names_file
 
 _logger = logging.getLogger(__name__)
 
+FILES = ('model.safetensors', 'config.json', 'README.md')  # all that a folder holds and a push uploads
+_UNFINISHED = '.timm-ela-unfinished'  # a folder in out_dir while it is written
 # Settings of the weights that a run began with. train.py measures at the training size.
 _STALE = ('label_names', 'label_descriptions', 'test_input_size', 'test_crop_pct', 'test_pool_size')
 _OF_SOURCE = ('license', 'origin_url', 'paper_ids', 'paper_name', 'description')
 
 
 @contextmanager
-def _new_folder(out_dir: Path, source: Path, force: bool) -> Iterator[Path]:
-    """Yields a temporary folder that becomes out_dir if nothing fails, so that nothing is left half-written."""
-    if out_dir.resolve() in (source.resolve(), *source.resolve().parents):
-        raise FileExistsError(f'{out_dir} holds {source}, which would be deleted: choose another folder.')
+def _new_folder(out_dir: Path, sources: Iterable[Path], force: bool) -> Iterator[Path]:
+    """Yields a folder whose files move into out_dir if nothing fails, so that nothing is left half-written.
+
+    It lies in out_dir, which may be a mount point, the current folder, or all that may be written; its name keeps
+    others out of out_dir.
+    """
     if out_dir.exists() and not out_dir.is_dir():
         raise FileExistsError(f'{out_dir} is a file: choose a folder.')
-    if not force and out_dir.is_dir() and any(out_dir.iterdir()):
-        raise FileExistsError(f'{out_dir} exists and is not empty: choose another folder, or --force replaces it.')
-    beside = next(parent for parent in out_dir.absolute().parents if parent.is_dir())
-    with TemporaryDirectory(dir=beside, prefix=f'.{out_dir.name}-') as temporary:
-        folder = Path(temporary, 'new')
-        folder.mkdir()
-        yield folder
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        if out_dir.exists():
-            out_dir.rename(Path(temporary, 'old'))
-        folder.rename(out_dir)
+    for source in sources:
+        if out_dir.resolve() in (source.resolve(), *source.resolve().parents):
+            raise FileExistsError(f'{out_dir} holds {source}, which could be overwritten: choose another folder.')
+    made = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    folder = out_dir / _UNFINISHED
+    try:
+        try:
+            folder.mkdir()
+        except FileExistsError as error:
+            raise FileExistsError(
+                f'{out_dir} is being written by another command; if none is running, delete {folder}.') from error
+        try:
+            _check_free(out_dir, force)  # before the work, and after it
+            yield folder
+            _check_free(out_dir, force)
+            for name in FILES:
+                (folder / name).replace(out_dir / name)
+        finally:
+            shutil.rmtree(folder)
+    finally:
+        with suppress(OSError):  # what is not empty stays
+            for folder in made:
+                folder.rmdir()
+
+
+def _check_free(out_dir: Path, force: bool) -> None:
+    """Raises FileExistsError if out_dir holds anything, or with force, anything that is not of an export."""
+    found = sorted({path.name for path in out_dir.iterdir()} - {_UNFINISHED})
+    if found and not force:
+        raise FileExistsError(
+            f'{out_dir} is not empty, it holds {found[0]}: choose another folder, or --force replaces an export.')
+    if found and set(found) != set(FILES):
+        other = next((name for name in found if name not in FILES), found[0])
+        raise FileExistsError(f'{out_dir} holds {other} and is no export: --force replaces {", ".join(FILES)} alone.')
+
+
+def _check_line(**texts: str | None) -> None:
+    for name, text in texts.items():
+        if text is not None and not (text.strip() and text.isprintable()):
+            raise ValueError(f'The {name} is {text!r}: it must be a line of printable characters.')
 
 
 def _model_kwargs(args: dict[str, Any]) -> dict[str, Any]:
@@ -71,19 +105,17 @@ def _ends_of(state_dict: dict[str, Tensor], name: str) -> dict[str, int]:
 
 
 def _load(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    own, arch = model.state_dict(), model.pretrained_cfg['architecture']
-    missing = [k for k in own if k not in state_dict and not k.endswith('num_batches_tracked')]
-    foreign = [k for k in state_dict if k not in own]
-    if missing or foreign:
-        raise RuntimeError(
-            f'The weights are not those of {arch}: {len(missing)} are missing and {len(foreign)} are foreign, first '
-            f'{(missing + foreign)[0]!r}.')
-    for k, v in own.items():
-        if k in state_dict and state_dict[k].shape != v.shape:
-            raise RuntimeError(
-                f'The weights are not those of {arch}: {k!r} is {tuple(state_dict[k].shape)} in the checkpoint and '
-                f'{tuple(v.shape)} in the model.')
+    if reason := difference(state_dict, model):
+        raise RuntimeError(f'The weights are not those of {model.pretrained_cfg["architecture"]}: {reason}.')
+    check_finite(state_dict)
     model.load_state_dict(state_dict, strict=False)
+
+
+def check_finite(state_dict: dict[str, Tensor]) -> None:
+    """Raises ValueError if a weight is NaN or infinite, with the first key."""
+    for k, v in state_dict.items():
+        if not v.isfinite().all():
+            raise ValueError(f'The weights are not finite: {k!r} holds NaN or infinity.')
 
 
 def _class_names(args: dict[str, Any], model: nn.Module, file: str | Path | None) -> list[str] | None:
@@ -149,19 +181,22 @@ def export_run(
         class_names: Text file with one class name a line.
         checkpoint: Name of the checkpoint in run_dir.
         license: Licence of the weights, such as 'apache-2.0'; by default that of the graft that the run began with.
-        force: Whether to replace an out_dir that is not empty.
+        force: Whether to replace the export that out_dir holds.
 
     Returns:
         out_dir.
 
     Raises:
         FileNotFoundError: If run_dir, its args.yaml or the checkpoint does not exist.
-        FileExistsError: If out_dir is not empty.
-        ValueError: If the checkpoint cannot be read, or class names and head differ in number.
+        FileExistsError: If out_dir holds anything but, with force, an export.
+        ValueError: If a file of the run cannot be read or holds what cannot be, such as weights that are not finite, or
+            class names and head differ in number.
         RuntimeError: If the weights are not those of the run's model.
     """
+    _check_line(tag=tag, license=license)
     run_dir, out_dir = Path(run_dir), Path(out_dir)
-    with _new_folder(out_dir, run_dir, force) as folder:
+    sources = [run_dir, run_dir / checkpoint, *([Path(class_names)] if class_names else [])]
+    with _new_folder(out_dir, sources, force) as folder:
         run = TrainRun.read(run_dir, checkpoint, ema)
         name = run.args['model']
         if ':' not in name and not timm.is_model(get_arch_name(name)):
@@ -206,22 +241,23 @@ def convert_checkpoint(
         ema: Whether to take the averaged weights where the checkpoint has them.
         class_names: Text file with one class name a line.
         license: Licence of the weights, such as 'apache-2.0'.
-        force: Whether to replace an out_dir that is not empty.
+        force: Whether to replace the export that out_dir holds.
 
     Returns:
         out_dir.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        FileExistsError: If out_dir is not empty.
-        ValueError: If the checkpoint cannot be read or the model is not one of ours.
+        FileExistsError: If out_dir holds anything but, with force, an export.
+        ValueError: If the checkpoint cannot be read, its weights are not finite, or the model is not one of ours.
         RuntimeError: If the checkpoint is of another architecture, or one of the model itself already.
     """
+    _check_line(tag=tag, license=license)
     checkpoint, out_dir = Path(checkpoint), Path(out_dir)
     arch = get_arch_name(model_name)
     if arch not in MODELS:
         raise ValueError(f'{model_name!r} is not a model of timm_ela: `timm-ela list` shows them.')
-    with _new_folder(out_dir, checkpoint, force) as folder:
+    with _new_folder(out_dir, [checkpoint, *([Path(class_names)] if class_names else [])], force) as folder:
         saved = read_checkpoint(checkpoint)
         original = saved['state_dict_ema' if ema and 'state_dict_ema' in saved else 'state_dict']
         # A run of train.py says its input size, mean and std.

@@ -1,16 +1,18 @@
 """A folder that publish.py wrote, or a run of train.py -> a repository on the Hugging Face Hub."""
+import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import timm
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
 
+from ..models.weights import difference
 from .cards import PLACEHOLDER
-from .publish import export_run
-
-FILES = ('model.safetensors', 'config.json', 'README.md')  # all that a folder holds and a push uploads
+from .publish import FILES, check_finite, export_run
+from .train_run import read_checkpoint
 
 
 def is_run(folder: str | Path) -> bool:
@@ -24,6 +26,26 @@ def _check_access(repo_id: str) -> None:
         raise ValueError(f'{repo_id!r} has no owner: it must be OWNER/NAME.')
     if get_token() is None:
         raise PermissionError('There is no Hugging Face token: run `hf auth login`, or set HF_TOKEN.')
+
+
+def _check_loads(folder: Path) -> None:
+    """Raises an error unless timm can load the folder."""
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f'{folder} has no {name}: push a folder that `timm-ela export` wrote, or a run.')
+    config = folder / 'config.json'
+    try:
+        arch = json.loads(config.read_text(encoding='utf-8'))['architecture']
+    except (ValueError, TypeError, KeyError) as error:  # no UTF-8, no JSON, no dict, no such key
+        raise ValueError(f'{config} is not the configuration of a timm model: {error!r}.') from error
+    try:
+        model = timm.create_model(f'local-dir:{folder}', device='meta')
+    except Exception as error:  # what the file holds goes to timm and to the model, which can raise anything
+        raise ValueError(f'{config} makes no model {arch!r}: {error}') from error
+    state_dict = read_checkpoint(folder / 'model.safetensors')['state_dict']
+    if reason := difference(state_dict, model):
+        raise ValueError(f'{folder} would not load: its config.json is of {arch}, and {reason}.')
+    check_finite(state_dict)
 
 
 def push_run(run_dir: str | Path, repo_id: str, *, private: bool = False, **options: Any) -> str:
@@ -59,16 +81,13 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False) -> s
 
     Raises:
         FileNotFoundError: If the folder lacks one of the three files.
-        ValueError: If repo_id is not OWNER/NAME.
+        ValueError: If repo_id is not OWNER/NAME, or timm could not load the folder.
         PermissionError: If there is no token, or the repository is public and should be private.
         RuntimeError: If the Hub refuses or breaks off. The repository is then as it was: a commit is atomic.
     """
     folder = Path(folder)
     _check_access(repo_id)
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f'{folder} has no {name}: push a folder that `timm-ela export` wrote, or a run.')
-
+    _check_loads(folder)
     api = HfApi(library_name='timm_ela')
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)

@@ -22,6 +22,16 @@ from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 
+_TYPES: dict[type, tuple[str, ...]] = {  # of the arguments in args.yaml that are more than printed
+    str: ('dataset', 'data_dir', 'data', 'class_map', 'train_split', 'val_split', 'gp', 'interpolation', 'amp_dtype',
+          'pretrained_path', 'initial_checkpoint'),
+    int: ('num_classes', 'in_chans', 'img_size'),
+    float: ('bn_eps', 'bn_momentum', 'crop_pct'),
+    bool: ('pretrained', 'model_ema', 'model_ema_force_cpu', 'amp'),
+    list: ('input_size', 'mean', 'std'),
+    dict: ('model_kwargs',),
+}
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a `.safetensors`, `.pth` or `.pth.tar` checkpoint onto the CPU, weights only.
@@ -126,9 +136,10 @@ class TrainRun:
 
     @property
     def dataset(self) -> str:
-        """Name of the dataset, or of the data folder."""
+        """Name of the dataset, or of the data folder; line breaks and the like are blanks."""
         args = self.args
-        return Path(args.get('dataset') or args.get('data_dir') or args.get('data') or '').name or 'custom'
+        name = Path(args.get('dataset') or args.get('data_dir') or args.get('data') or '').name
+        return ''.join(c if c.isprintable() else ' ' for c in name).strip() or 'custom'
 
 
 def _val_split(args: dict[str, Any]) -> str:
@@ -157,20 +168,55 @@ def _read_args(run_dir: Path) -> dict[str, Any]:
         raise ValueError(f'{path} is not valid YAML: {error}') from error
     if not isinstance(args, dict) or not isinstance(args.get('model'), str):
         raise ValueError(f'{path} names no model: it must be the args.yaml that train.py wrote.')
+    for kind, keys in _TYPES.items():
+        for key in keys:
+            value = args.get(key)
+            same = isinstance(value, (int, float) if kind is float else kind)
+            if isinstance(value, bool):  # for Python, also an int
+                same = kind is bool
+            if value is not None and not same:
+                raise ValueError(f'{path}: {key} is {value!r}, and must be of type {kind.__name__}.')
     return args
 
 
 def _read_metrics(run_dir: Path, epoch: int | None) -> dict[str, float]:
+    """Top-1 and top-5 of an epoch, in percent.
+
+    Raises:
+        ValueError: If summary.csv is not a table with commas, or a value is not from 0 to 100.
+    """
     path = run_dir / 'summary.csv'
     if epoch is None or not path.is_file():
         return {}
-    with path.open(newline='') as file:
-        rows = [row for row in csv.DictReader(file) if row.get('epoch') == str(epoch)]
-    if not rows:
+    last = None
+    try:
+        with path.open(newline='', encoding='utf-8-sig') as file:
+            table = csv.DictReader(file)
+            for row in table:
+                if row.get('epoch') == str(epoch):
+                    # A resumed run may list an epoch twice: the last one is the one that was saved.
+                    last = table.line_num, row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f'{path} is not the UTF-8 text with commas that train.py writes: {error}') from error
+    if 'epoch' not in (table.fieldnames or ['epoch']):
+        raise ValueError(f'{path} has no column epoch: it must be a table with commas, as train.py writes it.')
+    if last is None:
         return {}
-    # A resumed run may list an epoch twice: the last one is the one that was saved.
-    metrics = {key: float(rows[-1].get(f'eval_{key}') or math.nan) for key in ('top1', 'top5')}
-    return {key: value for key, value in metrics.items() if math.isfinite(value)}
+    line, row = last
+    if None in row:
+        raise ValueError(f'{path}, line {line}: {len(row[None])} values too many; decimals take a point.')
+    metrics = {}
+    for key in ('top1', 'top5'):
+        text = row.get(f'eval_{key}') or 'nan'
+        try:
+            value = float(text)
+        except ValueError as error:
+            raise ValueError(f'{path}, line {line}: eval_{key} is {text!r}, not a number.') from error
+        if not math.isnan(value):
+            if not 0 <= value <= 100:
+                raise ValueError(f'{path}, line {line}: eval_{key} is {text}, not a percentage from 0 to 100.')
+            metrics[key] = value
+    return metrics
 
 
 def read_class_names(args: dict[str, Any]) -> list[str]:

@@ -1,0 +1,168 @@
+"""The folder that export and convert write: all of it or nothing, and nothing that is not theirs."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+from helpers import environment
+
+from timm_ela.hub import publish
+from timm_ela.hub.publish import FILES, convert_checkpoint, export_run
+
+MODEL = 'mobilenetv2_050_ela_t'  # the smallest
+
+
+@pytest.fixture
+def train_run(write_run) -> Path:
+    return write_run(timm.create_model(MODEL, num_classes=3))
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """What lies in a folder and below: contents of the files, None for folders."""
+    return {str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes() for p in sorted(folder.rglob('*'))}
+
+
+def fail(error: BaseException, *_, **__):
+    raise error
+
+
+@pytest.mark.parametrize('step, error, before', [
+    ('TrainRun.read', OSError(), FILES),
+    ('run_card', OSError(), FILES),
+    ('save_for_hf', OSError('no space left'), FILES),
+    ('save_for_hf', OSError('no space left'), ()),
+    ('save_for_hf', KeyboardInterrupt(), None),
+])
+def test_whatever_fails_the_folder_stays_as_it_was(train_run, tmp_path, monkeypatch, step, error, before):
+    out = tmp_path / 'new' / 'out' if before is None else tmp_path / 'out'
+    if before is not None:
+        out.mkdir()
+    for name in before or ():
+        (out / name).write_text('old')
+    files = listing(tmp_path)
+    monkeypatch.setattr(f'timm_ela.hub.publish.{step}', partial(fail, error))
+    with pytest.raises(type(error)):
+        export_run(train_run, out, force=True)
+    assert listing(tmp_path) == files
+
+
+def test_an_existing_folder_is_written_into(train_run, tmp_path, monkeypatch):
+    out = tmp_path / 'out'
+    out.mkdir()
+    inode = out.stat().st_ino
+    monkeypatch.chdir(out)
+    export_run(train_run, '.')
+    assert out.stat().st_ino == inode and set(os.listdir('.')) == set(FILES)
+
+
+def test_a_mount_point_is_written_into(train_run, tmp_path):
+    out = tmp_path / 'out'
+    out.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', out], capture_output=True, check=False).returncode:
+        pytest.skip('this user may not mount')
+    try:
+        export_run(train_run, out)
+        assert set(os.listdir(out)) == set(FILES)
+    finally:
+        subprocess.run(['umount', out], check=True)
+
+
+def test_force_replaces_an_export_and_nothing_else(train_run, tmp_path):
+    out = tmp_path / 'a' / 'out'
+    export_run(train_run, out)
+    with pytest.raises(FileExistsError, match='--force replaces an export'):
+        export_run(train_run, out)
+    export_run(train_run, out, force=True, tag='second')
+    assert set(os.listdir(out)) == set(FILES) and os.listdir(out.parent) == ['out']
+    assert timm.create_model(f'local-dir:{out}', pretrained=True).pretrained_cfg['tag'] == 'second'
+
+    (out / 'mine.txt').touch()
+    files = listing(out)
+    with pytest.raises(FileExistsError, match=r'holds mine.txt and is no export'):
+        export_run(train_run, out, force=True)
+    assert listing(out) == files
+
+
+def test_a_readme_alone_is_no_export(train_run, tmp_path):
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / 'README.md').write_text('mine')
+    with pytest.raises(FileExistsError, match=r'holds README.md and is no export'):
+        export_run(train_run, out, force=True)
+    assert listing(out) == {'README.md': b'mine'}
+
+
+@pytest.mark.parametrize('out', ['run', '.', 'run/../run'])
+def test_force_never_touches_what_is_read(train_run, tmp_path, out):
+    files = listing(tmp_path)
+    with pytest.raises(FileExistsError, match='could be overwritten'):
+        export_run(train_run, tmp_path / out, force=True)
+    with pytest.raises(FileExistsError, match='could be overwritten'):
+        convert_checkpoint(train_run / 'last.pth.tar', MODEL, tmp_path / out, force=True)
+    assert listing(tmp_path) == files
+
+
+@pytest.mark.parametrize('what', ['checkpoint', 'class names'])
+def test_force_never_touches_what_is_read_through_a_link_or_an_option(train_run, tmp_path, what):
+    out = export_run(train_run, tmp_path / 'out')
+    names = None
+    if what == 'checkpoint':
+        best = train_run / 'model_best.pth.tar'
+        best.rename(out / 'README.md')
+        best.symlink_to(out / 'README.md')
+    else:
+        names = out / 'README.md'
+        names.write_text('a\nb\nc\n')
+    files = listing(tmp_path)
+    with pytest.raises(FileExistsError, match='could be overwritten'):
+        export_run(train_run, out, force=True, class_names=names)
+    assert listing(tmp_path) == files
+
+
+def test_of_two_exports_at_the_same_time_the_second_fails(train_run, tmp_path, monkeypatch):
+    out, card = tmp_path / 'out', publish.run_card
+
+    def with_another(*args):
+        with pytest.raises(FileExistsError, match='being written by another command'):
+            export_run(train_run, out, tag='second')
+        return card(*args)
+
+    monkeypatch.setattr(publish, 'run_card', with_another)
+    export_run(train_run, out, tag='first')
+    assert set(os.listdir(out)) == set(FILES)
+    assert timm.create_model(f'local-dir:{out}', pretrained=True).pretrained_cfg['tag'] == 'first'
+
+
+def test_a_file_that_appears_meanwhile_is_kept_and_named(train_run, tmp_path, monkeypatch):
+    out, card = tmp_path / 'out', publish.run_card
+
+    def with_a_file(*args):
+        (out / 'README.md').write_text('mine')
+        return card(*args)
+
+    monkeypatch.setattr(publish, 'run_card', with_a_file)
+    with pytest.raises(FileExistsError, match=r'README.md'):
+        export_run(train_run, out)
+    assert listing(out) == {'README.md': b'mine'}
+
+
+@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT], ids=['SIGTERM', 'SIGINT'])
+def test_a_signal_leaves_nothing_behind(train_run, tmp_path, sent):
+    out = tmp_path / 'out'
+    files = listing(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'timm_ela', 'export', train_run, out], env=environment(), stderr=subprocess.PIPE,
+        text=True)
+    while not (out / publish._UNFINISHED).exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(sent)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert err.splitlines()[-1] == 'timm-ela export: error: interrupted; nothing was written'
+    assert listing(tmp_path) == files
