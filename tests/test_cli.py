@@ -208,12 +208,13 @@ def test_what_cannot_be_pushed_is_told_before_the_hub_is_asked(fails, tmp_path, 
 @pytest.mark.parametrize('file, change, told', [
     ('model.safetensors', lambda data: b'', 'model.safetensors is truncated'),
     ('model.safetensors', lambda data: data[:-1], 'model.safetensors is truncated'),
-    ('config.json', lambda data: b'{', 'config.json is not the configuration of a timm model'),
-    ('config.json', lambda data: b'{}', 'config.json is not the configuration of a timm model'),
-    ('config.json', lambda data: data.replace(b'ela_t', b'ela_x'), 'config.json makes no model'),
+    ('config.json', lambda data: b'{', 'config.json cannot be read'),
+    ('config.json', lambda data: b'{}', 'timm cannot load'),
+    ('config.json', lambda data: data.replace(b'ela_t', b'ela_x'), 'ela_x'),
     ('config.json', lambda data: data.replace(b'ela_t', b'ela_b'), "'blocks.1.0.se.conv.weight' is"),
-    ('config.json', lambda data: data.replace(b'"num_classes": 3', b'"num_classes": 4'), "'classifier.weight' is"),
-    ('config.json', lambda data: data.replace(b'050_ela_t', b'050'), 'unexpected weights'),
+    ('config.json', lambda data: data.replace(b'"num_classes": 3', b'"num_classes": 4'), 'classifier.weight'),
+    ('config.json', lambda data: data.replace(b'050_ela_t', b'050'), 'Unexpected key'),
+    ('README.md', lambda data: b'\xff' + data, 'README.md cannot be read'),
 ])
 def test_a_folder_that_nobody_could_load_is_not_pushed(fails, write_run, tmp_path, monkeypatch, file, change, told):
     monkeypatch.setattr(push, 'get_token', lambda: 'hf_x')
@@ -223,6 +224,14 @@ def test_a_folder_that_nobody_could_load_is_not_pushed(fails, write_run, tmp_pat
     (out / file).write_bytes(change(before))
     assert (out / file).read_bytes() != before
     assert told in fails('push', out, 'me/x')
+
+
+def test_a_folder_that_timm_grafts_as_it_loads_may_be_pushed(tmp_path):
+    timm.models.save_for_hf(timm.create_model(PLAIN), tmp_path, safe_serialization=True)
+    config = tmp_path / 'config.json'
+    config.write_text(config.read_text().replace(PLAIN, MODEL))
+    (tmp_path / 'README.md').touch()
+    push._check_loads(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_neither_converted_nor_pushed(fails, tmp_path, monkeypatch):

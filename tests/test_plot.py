@@ -1,8 +1,11 @@
 """What `timm_ela.plot` draws: its numbers are the gates, and the model is left as it was."""
 import importlib
+import os
 import re
 import resource
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from itertools import combinations
 from pathlib import Path
@@ -356,13 +359,37 @@ def test_a_full_disk_keeps_the_older_file_and_leaves_no_part(tmp_path, image):
     assert (tmp_path / 'out.png').read_text() == 'older'
 
 
-def test_a_link_and_a_device_stay_what_they_are(tmp_path, image):
+def test_a_link_a_device_and_a_pipe_stay_what_they_are(tmp_path, image):
+    def plot(output):
+        plot_file(tmp_path / 'in.png', 'resnet18_ela_t', output, [1], pretrained=False)
+
     image.save(tmp_path / 'in.png')
     (tmp_path / 'link.png').symlink_to(tmp_path / 'out.png')
-    for output in (tmp_path / 'link.png', '/dev/null'):
-        plot_file(tmp_path / 'in.png', 'resnet18_ela_t', output, [1], pretrained=False)
+    plot(tmp_path / 'link.png')
     assert (tmp_path / 'link.png').is_symlink() and Image.open(tmp_path / 'out.png').format == 'PNG'
+    plot('/dev/null')
     assert not Path('/dev/null').is_file()
+    reading, writing = os.pipe()
+    with ThreadPoolExecutor(1) as pool, open(reading, 'rb') as end:
+        read = pool.submit(end.read)
+        plot(f'/dev/fd/{writing}')
+        os.close(writing)
+        assert Image.open(BytesIO(read.result())).format == 'PNG'
+
+
+def test_a_mounted_file_is_written(tmp_path, image):
+    image.save(tmp_path / 'in.png')
+    mounted, other = tmp_path / 'mounted.png', tmp_path / 'other.png'
+    mounted.touch()
+    other.touch()
+    if subprocess.run(['mount', '--bind', other, mounted], capture_output=True, check=False).returncode:
+        pytest.skip('this user may not mount')
+    try:
+        plot_file(tmp_path / 'in.png', 'resnet18_ela_t', mounted, [1], pretrained=False)
+    finally:
+        subprocess.run(['umount', mounted], check=True)
+    assert Image.open(other).format == 'PNG'
+    assert {path.name for path in tmp_path.iterdir()} == {'in.png', 'mounted.png', 'other.png'}
 
 
 @pytest.mark.parametrize('name, asked, loaded', [

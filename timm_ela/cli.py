@@ -6,7 +6,6 @@ import logging
 import runpy
 import signal
 import sys
-import threading
 from pathlib import Path
 
 from . import __version__
@@ -182,7 +181,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _interrupt(*_) -> None:
+def _interrupt(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough
     raise KeyboardInterrupt
 
 
@@ -198,10 +198,16 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger(__package__).setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # a name that cannot be printed is no error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)  # so that what is half-written is removed
+    # So that what is half-written is removed. nohup has SIGHUP ignored; Windows has none.
+    signals = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if argv is None and hasattr(signal, name)]
+    signals = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
+    for number in signals:
+        signal.signal(number, _interrupt)
     try:
-        return args.function(args)
+        args.function(args)
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
+        return
     except KeyboardInterrupt:
         if args.debug:
             raise

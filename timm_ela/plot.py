@@ -1,6 +1,8 @@
 """The gates of Efficient Local Attention (ELA), drawn beside the picture that the model saw."""
+import errno
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -306,13 +308,23 @@ def plot_file(
     rendered = BytesIO()
     figure = plot_attention(opened, model, stages, topk, channel=channel)
     figure.savefig(rendered, format=Path(output).suffix[1:] or 'png', dpi=150)
-    path = Path(output).resolve()
-    if path.exists() and not path.is_file():  # such as /dev/stdout
-        path.write_bytes(rendered.getvalue())
+    _write(Path(output), rendered.getvalue())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file as a whole or not at all, where its folder lets it: a full disk leaves no half picture."""
+    if path.exists() and not path.is_file():  # a pipe, such as /dev/stdout
+        path.write_bytes(data)
         return
-    partial = path.with_name(f'.{path.name}.{os.getpid()}')  # beside it: a full disk leaves no half picture
+    path = path.resolve()
+    partial = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        partial.write_bytes(rendered.getvalue())
+        partial.write_bytes(data)
         partial.replace(path)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EBUSY, errno.EPERM, errno.EROFS):
+            raise
+        path.write_bytes(data)  # a mount point, or a file of one's own in a folder of others
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()

@@ -51,6 +51,30 @@ def test_whatever_fails_the_folder_stays_as_it_was(train_run, tmp_path, monkeypa
     assert listing(tmp_path) == files
 
 
+@pytest.mark.parametrize('moves', range(6))
+@pytest.mark.parametrize('before', [(), FILES], ids=['new', 'force'])
+def test_what_is_cut_off_while_files_are_moved_is_undone(train_run, tmp_path, monkeypatch, moves, before):
+    out = tmp_path / 'out'
+    out.mkdir()
+    for name in before:
+        (out / name).write_text('old')
+    files, rename, calls = listing(tmp_path), Path.rename, []
+
+    def cut_off(self, target):
+        calls.append(self)
+        if len(calls) == moves + 1:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, 'rename', cut_off)
+    if moves >= 3 + len(before):
+        export_run(train_run, out, force=True)
+        return
+    with pytest.raises(KeyboardInterrupt):
+        export_run(train_run, out, force=True)
+    assert listing(tmp_path) == files
+
+
 def test_an_existing_folder_is_written_into(train_run, tmp_path, monkeypatch):
     out = tmp_path / 'out'
     out.mkdir()
@@ -66,8 +90,9 @@ def test_a_mount_point_is_written_into(train_run, tmp_path):
     if subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', out], capture_output=True, check=False).returncode:
         pytest.skip('this user may not mount')
     try:
+        (out / 'lost+found').mkdir()  # as a new disk has it
         export_run(train_run, out)
-        assert set(os.listdir(out)) == set(FILES)
+        assert set(os.listdir(out)) == {*FILES, 'lost+found'}
     finally:
         subprocess.run(['umount', out], check=True)
 
@@ -151,7 +176,7 @@ def test_a_file_that_appears_meanwhile_is_kept_and_named(train_run, tmp_path, mo
     assert listing(out) == {'README.md': b'mine'}
 
 
-@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT], ids=['SIGTERM', 'SIGINT'])
+@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda sent: sent.name)
 def test_a_signal_leaves_nothing_behind(train_run, tmp_path, sent):
     out = tmp_path / 'out'
     files = listing(tmp_path)

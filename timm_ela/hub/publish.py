@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..models.registry import GRAFT, MODELS, family
 from ..models.weights import difference
 from .cards import converted_card, run_card
-from .train_run import TrainRun, read_checkpoint, read_class_names, read_names_file
+from .train_run import TrainRun, check_args, printable, read_checkpoint, read_class_names, read_names_file
 
 _logger = logging.getLogger(__name__)
 
@@ -33,43 +33,57 @@ def _new_folder(out_dir: Path, sources: Iterable[Path], force: bool) -> Iterator
     It lies in out_dir, which may be a mount point, the current folder, or all that may be written; its name keeps
     others out of out_dir.
     """
-    if out_dir.exists() and not out_dir.is_dir():
-        raise FileExistsError(f'{out_dir} is a file: choose a folder.')
+    if (out_dir.exists() or out_dir.is_symlink()) and not out_dir.is_dir():
+        raise FileExistsError(f'{out_dir} is a file or a broken link: choose a folder.')
     for source in sources:
         if out_dir.resolve() in (source.resolve(), *source.resolve().parents):
             raise FileExistsError(f'{out_dir} holds {source}, which could be overwritten: choose another folder.')
     made = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
-    out_dir.mkdir(parents=True, exist_ok=True)
-    folder = out_dir / _UNFINISHED
+    unfinished, ours = out_dir / _UNFINISHED, True
     try:
+        out_dir.mkdir(parents=True, exist_ok=True)
         try:
-            folder.mkdir()
+            unfinished.mkdir()
         except FileExistsError as error:
+            ours = False
             raise FileExistsError(
-                f'{out_dir} is being written by another command; if none is running, delete {folder}.') from error
-        try:
-            _check_free(out_dir, force)  # before the work, and after it
-            yield folder
-            _check_free(out_dir, force)
-            for name in FILES:
-                (folder / name).replace(out_dir / name)
-        finally:
-            shutil.rmtree(folder)
+                f'{out_dir} is being written by another command; if none is running, delete {unfinished}.') from error
+        _check_free(out_dir, force)  # before the work, and after it
+        yield unfinished
+        _check_free(out_dir, force)
+        _move(unfinished, out_dir)
     finally:
+        if ours:
+            shutil.rmtree(unfinished, ignore_errors=True)
         with suppress(OSError):  # what is not empty stays
             for folder in made:
                 folder.rmdir()
 
 
 def _check_free(out_dir: Path, force: bool) -> None:
-    """Raises FileExistsError if out_dir holds anything, or with force, anything that is not of an export."""
-    found = sorted({path.name for path in out_dir.iterdir()} - {_UNFINISHED})
+    """Raises FileExistsError if out_dir holds anything, or with force, anything but an export."""
+    found = sorted({path.name for path in out_dir.iterdir()} - {_UNFINISHED, 'lost+found'})  # the latter: of a disk
     if found and not force:
         raise FileExistsError(
             f'{out_dir} is not empty, it holds {found[0]}: choose another folder, or --force replaces an export.')
-    if found and set(found) != set(FILES):
-        other = next((name for name in found if name not in FILES), found[0])
-        raise FileExistsError(f'{out_dir} holds {other} and is no export: --force replaces {", ".join(FILES)} alone.')
+    others = [name for name in found if name not in FILES or not (out_dir / name).is_file()]
+    if others or len(found) not in (0, len(FILES)):
+        raise FileExistsError(
+            f'{out_dir} holds {[*others, *found][0]} and is no export: --force replaces {", ".join(FILES)} alone.')
+
+
+def _move(folder: Path, out_dir: Path) -> None:
+    """Moves the files of an export, and those that it replaces back if that is cut off."""
+    moves = [(out_dir / name, folder / f'old-{name}') for name in FILES if (out_dir / name).exists()]
+    moves += [(folder / name, out_dir / name) for name in FILES]
+    try:
+        for source, target in moves:
+            source.rename(target)
+    except BaseException:
+        for source, target in reversed(moves):
+            if target.exists() and not source.exists():
+                target.rename(source)
+        raise
 
 
 def _check_line(**texts: str | None) -> None:
@@ -107,14 +121,14 @@ def _ends_of(state_dict: dict[str, Tensor], name: str) -> dict[str, int]:
 def _load(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     if reason := difference(state_dict, model):
         raise RuntimeError(f'The weights are not those of {model.pretrained_cfg["architecture"]}: {reason}.')
-    check_finite(state_dict)
     model.load_state_dict(state_dict, strict=False)
+    check_finite(model.state_dict())  # a float64 may be too large for a float32
 
 
 def check_finite(state_dict: dict[str, Tensor]) -> None:
     """Raises ValueError if a weight is NaN or infinite, with the first key."""
     for k, v in state_dict.items():
-        if not v.isfinite().all():
+        if not (v.float() if v.element_size() == 1 else v).isfinite().all():  # 8-bit floats cannot be asked
             raise ValueError(f'The weights are not finite: {k!r} holds NaN or infinity.')
 
 
@@ -175,7 +189,7 @@ def export_run(
 
     Args:
         run_dir: Folder with args.yaml, summary.csv and the checkpoint.
-        out_dir: Folder to write; it appears only when it is complete.
+        out_dir: Folder to write; its files appear only when all are complete.
         tag: The weights' tag; by default the dataset's name.
         ema: False takes the raw weights of a run that kept an average, and gives no accuracy for them.
         class_names: Text file with one class name a line.
@@ -195,7 +209,7 @@ def export_run(
     """
     _check_line(tag=tag, license=license)
     run_dir, out_dir = Path(run_dir), Path(out_dir)
-    sources = [run_dir, run_dir / checkpoint, *([Path(class_names)] if class_names else [])]
+    sources = [run_dir, *run_dir.glob('*'), *([Path(class_names)] if class_names else [])]
     with _new_folder(out_dir, sources, force) as folder:
         run = TrainRun.read(run_dir, checkpoint, ema)
         name = run.args['model']
@@ -262,6 +276,7 @@ def convert_checkpoint(
         original = saved['state_dict_ema' if ema and 'state_dict_ema' in saved else 'state_dict']
         # A run of train.py says its input size, mean and std.
         args = vars(saved['args']) if isinstance(saved.get('args'), Namespace) else {}
+        check_args(args, checkpoint)
         kwargs = _model_kwargs(args)
         skeleton = timm.create_model(model_name, device='meta', **kwargs)  # names and places of the weights
         state_dict = family(arch).rename_state_dict(original, skeleton)
@@ -279,6 +294,6 @@ def convert_checkpoint(
         if license:
             cfg['license'] = license
         names = _class_names(args, model, class_names)
-        card = converted_card(model, checkpoint.name, grafted)
+        card = converted_card(model, printable(checkpoint.name), grafted)
         _write(folder, model, args, tag or (f'{GRAFT}custom' if grafted else 'custom'), names, card)
     return out_dir

@@ -23,14 +23,20 @@ from torch import Tensor
 _logger = logging.getLogger(__name__)
 
 _TYPES: dict[type, tuple[str, ...]] = {  # of the arguments in args.yaml that are more than printed
-    str: ('dataset', 'data_dir', 'data', 'class_map', 'train_split', 'val_split', 'gp', 'interpolation', 'amp_dtype',
-          'pretrained_path', 'initial_checkpoint'),
+    str: ('train_split', 'val_split', 'gp', 'interpolation', 'crop_mode', 'amp_dtype'),
+    Path: ('dataset', 'data_dir', 'data', 'class_map', 'pretrained_path', 'initial_checkpoint'),
     int: ('num_classes', 'in_chans', 'img_size'),
     float: ('bn_eps', 'bn_momentum', 'crop_pct'),
     bool: ('pretrained', 'model_ema', 'model_ema_force_cpu', 'amp'),
     list: ('input_size', 'mean', 'std'),
     dict: ('model_kwargs',),
 }
+_CALLED = {str: 'a line of text', Path: 'a text', float: 'a number', list: 'a list of numbers', dict: 'a dict of names'}
+
+
+def printable(text: str) -> str:
+    """The text with blanks for line breaks and whatever else cannot be printed."""
+    return ''.join(c if c.isprintable() else ' ' for c in text).strip()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -139,7 +145,7 @@ class TrainRun:
         """Name of the dataset, or of the data folder; line breaks and the like are blanks."""
         args = self.args
         name = Path(args.get('dataset') or args.get('data_dir') or args.get('data') or '').name
-        return ''.join(c if c.isprintable() else ' ' for c in name).strip() or 'custom'
+        return printable(name) or 'custom'
 
 
 def _val_split(args: dict[str, Any]) -> str:
@@ -168,15 +174,36 @@ def _read_args(run_dir: Path) -> dict[str, Any]:
         raise ValueError(f'{path} is not valid YAML: {error}') from error
     if not isinstance(args, dict) or not isinstance(args.get('model'), str):
         raise ValueError(f'{path} names no model: it must be the args.yaml that train.py wrote.')
+    check_args(args, path)
+    return args
+
+
+def check_args(args: dict[str, Any], where: Path) -> None:
+    """Raises ValueError if an argument of train.py is not of its type, or has a line break.
+
+    Args:
+        args: The arguments; what is absent or None is right.
+        where: File that they were read from.
+    """
     for kind, keys in _TYPES.items():
         for key in keys:
             value = args.get(key)
-            same = isinstance(value, (int, float) if kind is float else kind)
-            if isinstance(value, bool):  # for Python, also an int
-                same = kind is bool
-            if value is not None and not same:
-                raise ValueError(f'{path}: {key} is {value!r}, and must be of type {kind.__name__}.')
-    return args
+            if value is not None and not _fits(value, kind):
+                raise ValueError(f'{where}: {key} is {value!r}, and must be {_CALLED.get(kind, kind.__name__)}.')
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):  # for Python, also an int
+        return kind is bool
+    if kind is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    if kind is list:
+        return isinstance(value, (list, tuple)) and all(_fits(v, float) for v in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(isinstance(k, str) for k in value)
+    if kind is str:
+        return isinstance(value, str) and value.isprintable()
+    return isinstance(value, str if kind is Path else kind)
 
 
 def _read_metrics(run_dir: Path, epoch: int | None) -> dict[str, float]:
@@ -191,20 +218,25 @@ def _read_metrics(run_dir: Path, epoch: int | None) -> dict[str, float]:
     last = None
     try:
         with path.open(newline='', encoding='utf-8-sig') as file:
-            table = csv.DictReader(file)
+            table = csv.DictReader(file, skipinitialspace=True)
             for row in table:
                 if row.get('epoch') == str(epoch):
                     # A resumed run may list an epoch twice: the last one is the one that was saved.
                     last = table.line_num, row
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f'{path} is not the UTF-8 text with commas that train.py writes: {error}') from error
-    if 'epoch' not in (table.fieldnames or ['epoch']):
-        raise ValueError(f'{path} has no column epoch: it must be a table with commas, as train.py writes it.')
+    columns = table.fieldnames
+    if columns is None:
+        return {}
+    wanted = ['epoch', *(['eval_top1', 'eval_top5'] if 'eval_loss' in columns else [])]
+    if absent := [column for column in wanted if column not in columns]:
+        raise ValueError(f'{path} has no column {absent[0]}: it must be a table with commas, as train.py writes it.')
     if last is None:
+        _logger.warning(f'{path} has no row of epoch {epoch}: the card will state no accuracy.')
         return {}
     line, row = last
-    if None in row:
-        raise ValueError(f'{path}, line {line}: {len(row[None])} values too many; decimals take a point.')
+    if None in row or None in row.values():
+        raise ValueError(f'{path}, line {line}: not as many values as columns; decimals take a point.')
     metrics = {}
     for key in ('top1', 'top5'):
         text = row.get(f'eval_{key}') or 'nan'

@@ -33,7 +33,7 @@ def graft(state_dict: dict[str, Tensor], model: nn.Module, layer: AttnLayer, sca
 
     Raises:
         RuntimeError: If some of the attention weights are missing, if all are and the layer has no neutral point, or if
-            the weights are those of another architecture.
+            the weights are those of another architecture, also with timm's `pretrained_strict=False`.
     """
     arch = model.pretrained_cfg.get('architecture', type(model).__name__)
     classes: Any = tuple(scaled)

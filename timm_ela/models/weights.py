@@ -29,7 +29,8 @@ def difference(
     def is_head(key: str) -> bool:
         return head != '' and key.rpartition('.')[0] == head
 
-    own = {k: v for k, v in model.state_dict().items() if k not in set(without)}
+    without = set(without)
+    own = {k: v for k, v in model.state_dict().items() if k not in without}
     parts = {name for name, _ in model.named_children()}
     headless = head != '' and head.partition('.')[0] not in parts  # features_only models of EfficientNet
     # Checkpoints of old versions of PyTorch have no num_batches_tracked, and batch norm fills it in.

@@ -29,13 +29,13 @@ PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee')  # of scikit-image
 INTRO = """\
 # Gates of ELA on {name}
 
-Every row of [{name}.gates.csv]({name}.gates.csv) is a stage of one run of the [study]({name}.md). A gate is a_h * a_w;
-it starts at exactly 1/4. `moved` is the mean of the gates over images, channels and positions, less 1/4; `spread` is
+Every row of [{name}.gates.csv]({name}.gates.csv) is a stage of one run of `train.py`. A gate is a_h * a_w; it
+starts at exactly 1/4. `moved` is the mean of the gates over images, channels and positions, less 1/4; `spread` is
 their standard deviation. Both are measured on {images} test images, and are means over the seeds.
 
 Frozen: the same weights with every gate set back to 1/4, and nothing trained again. The difference is what the other
-weights miss without the gates that they were trained with. It is not what a model without gates reaches: that is the
-plain arm of the study. Top-1 is measured on {test_images} test images.
+weights miss without the gates that they were trained with. It is not what a model reaches that is trained without
+gates. Top-1 is measured on {test_images} test images.
 """
 
 
