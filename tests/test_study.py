@@ -101,7 +101,7 @@ def test_the_picture_is_not_blank(page, tmp_path):
 
 
 def test_the_studies_that_ship_are_the_pages_of_their_tables(tmp_path):
-    for path in STUDIES.glob('*.csv'):
+    for path in [*STUDIES.glob('*.csv'), *STUDIES.glob('shipped/*.gates.csv')]:
         if path.stem.endswith('.gates'):
             text = gates.page(pd.read_csv(path), path.stem.removesuffix('.gates'))
             assert text == path.with_suffix('.md').read_text()

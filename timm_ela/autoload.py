@@ -65,7 +65,8 @@ class _RegisterAfterTimm(MetaPathFinder):
             return None
         # importlib.util.find_spec would wait for a thread that imports timm, and up to Python 3.11 that thread would
         # wait for the import lock that this one holds here.
-        for finder in sys.meta_path[sys.meta_path.index(self) + 1:]:
+        finders = list(sys.meta_path)
+        for finder in finders[finders.index(self) + 1:] if self in finders else finders:
             spec = finder.find_spec(name, path, target) if hasattr(finder, 'find_spec') else None
             if spec is not None:
                 if spec.loader is not None:
