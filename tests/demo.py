@@ -25,7 +25,7 @@ from timm_ela.models.registry import family
 ROOT = Path('demo')
 CACHE = Path('.cache')
 LITE = 'tf_efficientnet_lite0_ela_b'
-SHIPPED = 'local-dir:weights_cards/mobilenetv2_050_ela_s.cifar10'
+SHIPPED = 'local-dir:weights_cards/tf_efficientnet_lite0_ela_b.cifar10'
 PHOTOGRAPHS = ('chelsea', 'coffee', 'rocket')  # a cat, a cup, a rocket: of scikit-image
 MODEL = 'resnet18_ela_b'
 REPOSITORY = 'https://github.com/huggingface/pytorch-image-models'

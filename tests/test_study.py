@@ -273,3 +273,13 @@ def test_a_study_starts_all_arms_from_one_network_runs_once_and_goes_on_where_it
 
     done = study(pictures, *common, '--epochs', 3, '--arms', 'plain', exit_code=1)
     assert 'has epochs 2, not 3: choose another --output' in done.stderr
+
+    # a part that was done elsewhere is not done again, and the pairs are the same
+    part, elsewhere = tmp_path / 'part.csv', tmp_path / 'elsewhere'
+    rows[rows.arm == 'plain'].to_csv(part, index=False)
+    again = [word if word != out else elsewhere for word in common]
+    study(pictures, *again, '--epochs', 2, '--arms', 'plain', 'ela_b', '--done', part)
+    assert not (elsewhere / 'tf_efficientnet_lite0.seed0').exists()
+    assert list(pd.read_csv(elsewhere / 'tints.csv').top1) == list(rows.top1)
+    done = study(pictures, *again, '--epochs', 3, '--arms', 'ela_b', '--done', part, exit_code=1)
+    assert 'part.csv: plain of seed 0 has epochs 2, not 3' in done.stderr

@@ -2,14 +2,12 @@
 import os
 import signal
 import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
-from helpers import environment
+from helpers import run_python
 
 from timm_ela.hub import publish
 from timm_ela.hub.publish import FILES, convert_checkpoint, export_run
@@ -176,18 +174,26 @@ def test_a_file_that_appears_meanwhile_is_kept_and_named(train_run, tmp_path, mo
     assert listing(out) == {'README.md': b'mine'}
 
 
+INTERRUPTED = '''
+import os, sys
+from timm_ela.cli import main
+from timm_ela.hub import publish
+
+number, card = int(sys.argv.pop()), publish.run_card
+
+def run_card(*args):
+    assert os.path.isdir(os.path.join(sys.argv[-1], publish._UNFINISHED))
+    os.kill(os.getpid(), number)
+    return card(*args)
+
+publish.run_card = run_card
+main()
+'''
+
+
 @pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda sent: sent.name)
 def test_a_signal_leaves_nothing_behind(train_run, tmp_path, sent):
-    out = tmp_path / 'out'
     files = listing(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, '-m', 'timm_ela', 'export', train_run, out], env=environment(), stderr=subprocess.PIPE,
-        text=True)
-    while not (out / publish._UNFINISHED).exists():
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(sent)
-    err = process.communicate(timeout=60)[1]
-    assert process.returncode == 2
-    assert err.splitlines()[-1] == 'timm-ela export: error: interrupted; nothing was written'
+    done = run_python(INTERRUPTED, 'export', train_run, tmp_path / 'out', int(sent), exit_code=2)
+    assert done.stderr.splitlines()[-1] == 'timm-ela export: error: interrupted; nothing was written'
     assert listing(tmp_path) == files

@@ -228,6 +228,7 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--epochs', type=int, default=4)
     parser.add_argument('--img-size', type=int, default=96)
+    parser.add_argument('--done', type=Path, help='table of a part that was done elsewhere, and is not done again')
     parser.add_argument('--images', type=int, default=5000, help='training images of each class')
     args = parser.parse_args()
     for needed in (args.data / 'train', args.data / 'test', args.scripts / 'train.py', args.scripts / 'validate.py'):
@@ -241,7 +242,14 @@ def main() -> None:
     args.data = split(args.data, args.output / f'first-{args.images}' / name, args.images)
     args.counts = {f'{part}_images': sum(1 for _ in (args.data / part).glob('*/*')) for part in ('train', 'test')}
 
-    runs, failed = [Run(arm, seed) for seed in range(args.seeds) for arm in args.arms], False
+    done = pd.DataFrame(columns=['arm', 'seed'])
+    if args.done:
+        done = pd.read_csv(args.done, dtype={'train_py': str}).drop(columns='train_images_per_second')
+        for row in done.to_dict('records'):
+            check_same(describe(args), row, f'{args.done}: {row["arm"]} of seed {row["seed"]}')
+    there = {Run(*pair) for pair in zip(done.arm, done.seed, strict=True)}
+    runs = [run for seed in range(args.seeds) for arm in args.arms if (run := Run(arm, seed)) not in there]
+    failed = False
     for seed in range(args.seeds):
         write_plain(args, seed)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -255,8 +263,8 @@ def main() -> None:
             pool.shutdown(cancel_futures=True)
             sys.exit('interrupted: the same command goes on')
     rows = [read_row(args, run) for run in runs if (args.output / run.name / 'validate.json').exists()]
-    if rows:
-        table = pd.DataFrame(rows)
+    if rows or args.done:
+        table = pd.concat([done, pd.DataFrame(rows)])
         table['train_images_per_second'] = table.arm.map(measure_speeds(args)).round(1)
         write_report(table, args.output / f'{name}.csv')
     sys.exit(failed)
