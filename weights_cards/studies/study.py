@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -92,7 +93,7 @@ def describe(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def check_same(wanted: dict[str, object], found: dict[str, object], where: object) -> None:
+def check_same(wanted: Mapping[str, object], found: Mapping, where: object) -> None:
     """Raises ValueError if a run was made otherwise than the study would make it now."""
     for key in SAME:
         if str(found.get(key)) != str(wanted[key]):
@@ -242,12 +243,13 @@ def main() -> None:
     args.data = split(args.data, args.output / f'first-{args.images}' / name, args.images)
     args.counts = {f'{part}_images': sum(1 for _ in (args.data / part).glob('*/*')) for part in ('train', 'test')}
 
-    done = pd.DataFrame(columns=['arm', 'seed'])
+    done: list[dict[Hashable, object]] = []
     if args.done:
-        done = pd.read_csv(args.done, dtype={'train_py': str}).drop(columns='train_images_per_second')
-        for row in done.to_dict('records'):
-            check_same(describe(args), row, f'{args.done}: {row["arm"]} of seed {row["seed"]}')
-    there = {Run(*pair) for pair in zip(done.arm, done.seed, strict=True)}
+        table = pd.read_csv(args.done, dtype={'train_py': str}).drop(columns='train_images_per_second')
+        done = table.to_dict('records')
+    for row in done:
+        check_same(describe(args), row, f'{args.done}: {row["arm"]} of seed {row["seed"]}')
+    there = {(row['arm'], row['seed']) for row in done}
     runs = [run for seed in range(args.seeds) for arm in args.arms if (run := Run(arm, seed)) not in there]
     failed = False
     for seed in range(args.seeds):
@@ -263,8 +265,8 @@ def main() -> None:
             pool.shutdown(cancel_futures=True)
             sys.exit('interrupted: the same command goes on')
     rows = [read_row(args, run) for run in runs if (args.output / run.name / 'validate.json').exists()]
-    if rows or args.done:
-        table = pd.concat([done, pd.DataFrame(rows)])
+    if done or rows:
+        table = pd.DataFrame([*done, *rows])
         table['train_images_per_second'] = table.arm.map(measure_speeds(args)).round(1)
         write_report(table, args.output / f'{name}.csv')
     sys.exit(failed)
