@@ -43,7 +43,7 @@ print(len(timm.list_models('*_ela_*')))
 '''
 
 
-def run_threads(statements, turn, first='', interval=None, patience=10):
+def run_threads(statements, turn, first='', interval=None, patience=0):
     code = THREADS.format(
         first=first, interval=interval, statements=statements, turn=turn, patience=patience, number=NUMBER)
     return run_python(code, timeout=120)  # a hang fails

@@ -51,7 +51,7 @@ def register_models(retry: bool = True) -> bool:
             warnings.warn(message, stacklevel=2)
         except Warning:  # with python -W error, the warning would make timm's import fail
             print(message, file=sys.stderr)
-        ours = [module for name, module in list(sys.modules.items()) if name.startswith(__package__)]
+        ours = [module for name, module in list(sys.modules.items()) if name.partition('.')[0] == __package__]
         if not any(getattr(getattr(module, '__spec__', None), '_initializing', False) for module in ours):
             sys.modules.pop(__package__, None)  # so that `import timm_ela` tries again
     return not failed
