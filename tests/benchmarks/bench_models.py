@@ -72,7 +72,7 @@ def settings(names: list[str], way: str, args: argparse.Namespace) -> Iterator[t
         for model in models.values():
             model.eval()
         yield f'inference, batch {len(x)}', {name: partial(infer, f, x) for name, f in called.items()}
-    if way != 'compile' and not args.no_training:
+    if not args.no_training:
         for model in models.values():
             model.train()
         labels = torch.randint(1000, (len(batches[-1]),))

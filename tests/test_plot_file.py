@@ -1,0 +1,143 @@
+"""What `timm-ela plot` writes: a picture as a whole, or nothing."""
+import os
+import resource
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+
+from timm_ela import plot as plot_module
+from timm_ela.plot import plot_file
+
+
+@pytest.fixture
+def image():
+    """A wide picture without symmetries."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 13, 3), dtype=np.uint8)).resize((260, 140))
+
+
+@pytest.mark.parametrize('content', [None, b'', b'no image', b'\x89PNG\r\n\x1a\n' + bytes(40), 'truncated'])
+def test_an_image_that_does_not_decode_is_named_in_one_line(tmp_path, image, content):
+    path = tmp_path / 'picture.png'
+    if content == 'truncated':
+        image.save(path)
+        content = path.read_bytes()[:3000]
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r'Cannot read the image .*picture\.png') as error:
+        plot_file(path, 'no_such_model', tmp_path / 'out.png')  # before a model is looked for
+    assert '\n' not in str(error.value) and not (tmp_path / 'out.png').exists()
+
+
+def test_the_file_is_a_picture(tmp_path, image):
+    image.save(tmp_path / 'in.png')
+    for name, kind in (('out.png', 'PNG'), ('out.jpg', 'JPEG'), ('out', 'PNG')):
+        plot_file(tmp_path / 'in.png', 'resnet18_ela_t', str(tmp_path / name), [1], pretrained=False)
+        with Image.open(tmp_path / name) as written:
+            assert written.format == kind and np.asarray(written.convert('L')).std() > 10
+
+
+def test_a_folder_given_as_a_model_gets_a_hint(tmp_path, monkeypatch, image):
+    monkeypatch.chdir(tmp_path)
+    image.save('in.png')
+    (tmp_path / 'my-model').mkdir()
+    with pytest.raises(ValueError, match=r"^'my-model' is a folder, not a model name: give local-dir:my-model\.$"):
+        plot_file('in.png', 'my-model', 'out.png')
+
+
+@pytest.mark.parametrize('kwargs, error', [
+    ({'model_name': 'resnet18'}, 'no ELA module'),
+    ({'channel': 512}, 'Stage 1 has channels 0 to 63, got 512'),
+    ({'model_name': 'resnet18_ela_x'}, 'Unknown model'),
+    ({'stages': [7]}, 'no ELA in stage 7'),
+    ({'output': 'out.xyz'}, "'xyz' is not supported"),
+    ({'output': 'no_such_folder/out.png'}, 'no_such_folder'),
+])
+def test_a_failure_writes_nothing(tmp_path, monkeypatch, image, kwargs, error):
+    monkeypatch.chdir(tmp_path)
+    image.save('in.png')
+    kwargs = {'image': 'in.png', 'model_name': 'resnet18_ela_t', 'output': 'out.png', 'pretrained': False, **kwargs}
+    with pytest.raises((ValueError, RuntimeError, OSError), match=error) as raised:
+        plot_file(**kwargs)
+    assert '\n' not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ['in.png']
+
+
+def test_a_failed_run_keeps_the_older_file(tmp_path, image):
+    image.save(tmp_path / 'in.png')
+    (tmp_path / 'out.png').write_text('older')
+    with pytest.raises(ValueError, match='stage 9'):
+        plot_file(tmp_path / 'in.png', 'resnet18_ela_t', tmp_path / 'out.png', [9], pretrained=False)
+    assert (tmp_path / 'out.png').read_text() == 'older'
+
+
+def test_a_full_disk_keeps_the_older_file_and_leaves_no_part(tmp_path, image):
+    image.save(tmp_path / 'in.png')
+    (tmp_path / 'out.png').write_text('older')
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # bytes of any file: a write stops as on a full disk
+    try:
+        with pytest.raises(OSError, match=r'out\.png|too large'):
+            plot_file(tmp_path / 'in.png', 'resnet18_ela_t', tmp_path / 'out.png', [1], pretrained=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in tmp_path.iterdir()} == {'in.png', 'out.png'}
+    assert (tmp_path / 'out.png').read_text() == 'older'
+
+
+def test_a_link_a_device_and_a_pipe_stay_what_they_are(tmp_path, image):
+    def plot(output):
+        plot_file(tmp_path / 'in.png', 'resnet18_ela_t', output, [1], pretrained=False)
+
+    image.save(tmp_path / 'in.png')
+    (tmp_path / 'link.png').symlink_to(tmp_path / 'out.png')
+    plot(tmp_path / 'link.png')
+    assert (tmp_path / 'link.png').is_symlink() and Image.open(tmp_path / 'out.png').format == 'PNG'
+    plot('/dev/null')
+    assert not Path('/dev/null').is_file()
+    reading, writing = os.pipe()
+    with ThreadPoolExecutor(1) as pool, open(reading, 'rb') as end:
+        read = pool.submit(end.read)
+        plot(f'/dev/fd/{writing}')
+        os.close(writing)
+        assert Image.open(BytesIO(read.result())).format == 'PNG'
+
+
+def test_a_mounted_file_is_written(tmp_path, image):
+    image.save(tmp_path / 'in.png')
+    mounted, other = tmp_path / 'mounted.png', tmp_path / 'other.png'
+    mounted.touch()
+    other.touch()
+    if subprocess.run(['mount', '--bind', other, mounted], capture_output=True, check=False).returncode:
+        pytest.skip('this user may not mount')
+    try:
+        plot_file(tmp_path / 'in.png', 'resnet18_ela_t', mounted, [1], pretrained=False)
+    finally:
+        subprocess.run(['umount', mounted], check=True)
+    assert Image.open(other).format == 'PNG'
+    assert {path.name for path in tmp_path.iterdir()} == {'in.png', 'mounted.png', 'other.png'}
+
+
+@pytest.mark.parametrize('name, asked, loaded', [
+    ('resnet18_ela_t', True, True),
+    ('resnet18_ela_t', False, False),
+    ('local-dir:folder', False, True),
+    ('hf-hub:owner/name', False, True),
+])
+def test_a_source_always_loads_its_weights(tmp_path, monkeypatch, image, name, asked, loaded):
+    calls = []
+
+    def create_model(*args, **kwargs):
+        calls.append((args, kwargs))
+        return timm.create_model('resnet18_ela_t', num_classes=10)
+
+    monkeypatch.setattr(plot_module, 'create_model', create_model)
+    image.save(tmp_path / 'in.png')
+    plot_file(tmp_path / 'in.png', name, tmp_path / 'out.png', [1], pretrained=asked)
+    assert calls[-1] == ((name,), {'pretrained': loaded})
+    assert all(kwargs == {'device': 'meta'} for _, kwargs in calls[:-1])  # no weights yet
