@@ -1,4 +1,4 @@
-"""What is exported at a fixed size is another writing of the same formula."""
+"""What is compiled, and what is exported at a fixed size, are other writings of the same formula."""
 import pytest
 import torch
 
@@ -7,7 +7,8 @@ from timm_ela.layers import ela_functional
 
 @pytest.mark.parametrize('shape', [(2, 32, 7, 13), (1, 32, 13, 7), (3, 32, 2, 3), (2, 32, 1, 5), (2, 48, 9, 9)])
 @pytest.mark.parametrize('variant', ['b', 's'])
-def test_what_is_exported_equals_the_formula_with_every_gradient(make, variant, shape, memory_format):
+@pytest.mark.parametrize('writing', ['_ela_traced', '_ela_exported'])
+def test_another_writing_equals_the_formula_with_every_gradient(make, writing, variant, shape, memory_format):
     m = make(shape[1], variant, dtype=torch.float64)
     x = torch.randn(shape, dtype=torch.float64).to(memory_format=memory_format)
     upstream = torch.randn_like(x)
@@ -17,7 +18,7 @@ def test_what_is_exported_equals_the_formula_with_every_gradient(make, variant, 
         y = f(*leaves, m.gn.num_groups, 1e-3)
         return [y, *torch.autograd.grad(y, leaves, upstream)]
 
-    found, expected = (gradients(f) for f in (ela_functional._ela_exported, ela_functional.ela_reference))
+    found, expected = (gradients(f) for f in (getattr(ela_functional, writing), ela_functional.ela_reference))
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 

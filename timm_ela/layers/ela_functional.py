@@ -45,7 +45,7 @@ def strip_logits(
 
 
 def open_gates(x: Tensor, logits_h: Tensor, logits_w: Tensor) -> tuple[Tensor, Tensor]:
-    """The gates a_h (N, C, H) and a_w (N, C, W) of x from their logits, in x's dtype."""
+    """The gates a_h and a_w of x from their logits, of the logits' shapes and in x's dtype."""
     # Under CUDA autocast GroupNorm returns float32, which would promote the whole activation.
     return logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
 
@@ -64,7 +64,7 @@ def ela_reference(
         norm_groups: int,
         eps: float = 1e-5,
 ) -> Tensor:
-    """The formula, written plainly: document, oracle, and what is traced for TorchScript, compile and export.
+    """The formula, written plainly: document, oracle, and what is scripted.
 
     Args:
         x: Feature map (N, C, H, W).
@@ -80,6 +80,26 @@ def ela_reference(
     logits_h = strip_logits(x.mean(3), conv_weight, norm_weight, norm_bias, norm_groups, eps)
     logits_w = strip_logits(x.mean(2), conv_weight, norm_weight, norm_bias, norm_groups, eps)
     return gate(x, logits_h, logits_w)
+
+
+def _ela_traced(
+        x: Tensor,
+        conv_weight: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        norm_groups: int,
+        eps: float,
+) -> Tensor:
+    """`ela_reference` with strips that stay 4-D, for what records operations.
+
+    Inductor computes maps in channels_last on a CPU, and 4-D strips with them. Strips of 3-D stay as they are, and the
+    product with them is then not vectorized.
+    """
+    groups, half = conv_weight.shape[0] // conv_weight.shape[1], conv_weight.shape[2] // 2
+    z_h = F.conv2d(x.mean(3, keepdim=True), conv_weight.unsqueeze(3), None, padding=(half, 0), groups=groups)
+    z_w = F.conv2d(x.mean(2, keepdim=True), conv_weight.unsqueeze(2), None, padding=(0, half), groups=groups)
+    a_h, a_w = open_gates(x, *(F.group_norm(z, norm_groups, norm_weight, norm_bias, eps) for z in (z_h, z_w)))
+    return x * a_h * a_w
 
 
 def _ela_exported(
@@ -293,9 +313,9 @@ def _ela(
             and isinstance(x.shape[2], int) and isinstance(x.shape[3], int)
             and x.shape[1] // groups * min(x.shape[2:]) > 1):
         return _ela_exported(x, *args)
-    # A compiler fuses the formula by itself.
+    # A compiler fuses by itself.
     if is_traced():
-        return ela_reference(x, *args)
+        return _ela_traced(x, *args)
     check_input(x, conv_weight, norm_weight, norm_bias)
     if not _FUSED or is_transformed():
         return ela_reference(x, *args)
