@@ -13,6 +13,8 @@ import torch
 from helpers import ROOT, run
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data import create_dataset, create_transform, resolve_model_data_config
+from torch.utils.data import DataLoader
 
 from timm_ela import ATTN_LAYERS
 from timm_ela.hub.publish import convert_checkpoint
@@ -252,6 +254,11 @@ def test_a_study_starts_all_arms_from_one_network_runs_once_and_goes_on_where_it
     learnt = pd.read_csv(out / 'tints.gates.csv')
     assert list(learnt.stage) == [1, 2, 3, 4, 5, 6] and (learnt.spread > 0).all()
     assert (learnt.top1 == rows.top1[1]).all() and (learnt.test_images == 24).all()
+    # with frozen gates the images are prepared as validate.py prepares them
+    model, _ = gates.measure_run(folders[1], pictures, images=8)
+    transform = create_transform(**resolve_model_data_config(model))
+    test = DataLoader(create_dataset('', pictures, split='test', transform=transform), 24)
+    assert gates.measure_top1(model, test) == rows.top1[1]
     with Image.open(out / 'tints.gates.webp') as picture:
         assert np.asarray(picture.convert('L')).std() > 10
 

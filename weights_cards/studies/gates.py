@@ -7,6 +7,7 @@ and `<data>.gates.webp`, the gates of one run on three photographs.
 """
 import argparse
 import copy
+import json
 from collections import defaultdict
 from functools import partial
 from io import BytesIO
@@ -82,11 +83,10 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def measure_top1(models: list[nn.Module], loader: DataLoader) -> list[float]:
-    """Top-1 accuracy of each model, in percent."""
-    right = torch.stack([
-        torch.stack([model(x).argmax(1) == y for model in models]).sum(1) for x, y in loader]).sum(0)
-    return [round(100 * n / len(loader.dataset), 4) for n in right.tolist()]
+def measure_top1(model: nn.Module, loader: DataLoader) -> float:
+    """Top-1 accuracy, in percent."""
+    right = sum((model(x).argmax(1) == y).sum().item() for x, y in loader)
+    return round(100 * right / len(loader.dataset), 4)
 
 
 def spaced(dataset, number: int) -> Subset:
@@ -95,24 +95,25 @@ def spaced(dataset, number: int) -> Subset:
     return Subset(dataset, [i * len(dataset) // number for i in range(number)])
 
 
-def measure_run(folder: Path, data: Path, images: int, test_images: int) -> tuple[nn.Module, list[dict[str, object]]]:
+def measure_run(folder: Path, data: Path, images: int) -> tuple[nn.Module, list[dict[str, object]]]:
     """The model of a run after its last epoch, and its rows."""
     used = yaml.safe_load((folder / 'args.yaml').read_text())
     model = timm.create_model(
         used['model'], num_classes=used['num_classes'],
-        checkpoint_path=str(folder / f'checkpoint-{used["epochs"] - 1}.pth.tar')).eval()
+        checkpoint_path=str(folder / f'checkpoint-{used["epochs"] - 1}.pth.tar'))
+    model = model.eval().to(memory_format=torch.channels_last)
     config = resolve_data_config({'img_size': used['img_size'], 'crop_pct': used['crop_pct']}, model=model)
     model.pretrained_cfg.update({k: config[k] for k in ('input_size', 'crop_pct')})  # the plot's, too
     test = create_dataset('', data, split='test', transform=create_transform(**config))
 
     gates = measure_gates(model, DataLoader(spaced(test, images), 64))
-    tested = spaced(test, test_images)
-    top1, frozen = measure_top1([model, freeze(model)], DataLoader(tested, 128))
+    top1 = json.loads((folder / 'validate.json').read_text())['top1']
+    frozen = measure_top1(freeze(model), DataLoader(test, 128))
     arm = MODELS[used['model']].layer.suffix
     return model, [
         {'arm': arm, 'model': used['model'], 'seed': used['seed'], 'stage': stage, 'mean': round(mean, 5),
          'spread': round(spread, 5), 'images': min(images, len(test)), 'top1': top1, 'top1_frozen': frozen,
-         'test_images': len(tested)} for stage, (mean, spread) in sorted(gates.items())]
+         'test_images': len(test)} for stage, (mean, spread) in sorted(gates.items())]
 
 
 def page(table: pd.DataFrame, name: str) -> str:
@@ -153,13 +154,12 @@ def main() -> None:
     parser.add_argument('data', type=Path, help='image folder with test/')
     parser.add_argument('--runs', type=Path, default=Path('output/study'), help='--output of study.py')
     parser.add_argument('--images', type=int, default=512, help='test images that the gates are measured on')
-    parser.add_argument('--test-images', type=int, default=10000, help='test images that top-1 is measured on')
     parser.add_argument('--draw', default='ela_b', help='arm whose gates are drawn, of the first seed')
     args = parser.parse_args()
     rows: list[dict[str, object]] = []
     drawn = None
     for folder in sorted(path.parent for path in args.runs.glob('*_ela_*.seed*/validate.json')):
-        model, of_run = measure_run(folder, args.data, args.images, args.test_images)
+        model, of_run = measure_run(folder, args.data, args.images)
         rows += of_run
         drawn = drawn or (model if of_run[0]['arm'] == args.draw else None)
         print(f'{folder.name}: done', flush=True)
