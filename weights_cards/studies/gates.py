@@ -32,11 +32,13 @@ INTRO = """\
 
 Every row of [{name}.gates.csv]({name}.gates.csv) is a stage of one run of `train.py`. A gate is a_h * a_w; it
 starts at exactly 1/4. `moved` is the mean of the gates over images, channels and positions, less 1/4; `spread` is
-their standard deviation. Both are measured on {images} test images, and are means over the seeds.
+their standard deviation, and `within` the part of it within the channels, over images and positions: a gate that is
+constant in each channel has a spread, but none within. All are measured on {images} test images, and are means over the
+n seeds. The runs, with hardware and versions, are in [{name}.csv]({name}.csv).
 
-Frozen: the same weights with every gate set back to 1/4, and nothing trained again. The difference is what the other
-weights miss without the gates that they were trained with. It is not what a model reaches that is trained without
-gates. Top-1 is measured on {test_images} test images.
+Frozen: the same weights with every gate set back to 1/4. Nothing is trained again, and batch norm keeps its statistics.
+The difference is what the other weights miss without the gates that they were trained with. It is not what a model
+reaches that is trained without gates. Top-1 is measured on {test_images} test images.
 """
 
 
@@ -47,27 +49,35 @@ def moments(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def measure_gates(model: nn.Module, loader: DataLoader) -> dict[int, tuple[float, float]]:
-    """Mean and standard deviation of a_h * a_w over images, channels and positions, by stage.
+def measure_gates(model: nn.Module, loader: DataLoader) -> dict[int, tuple[float, float, float]]:
+    """Mean and standard deviation of a_h * a_w over images, channels and positions, and that within channels, by stage.
 
     A stage is an entry of the model's `blocks`. Modules of a stage count by their channels.
     """
-    products: dict[int, list[Tensor]] = defaultdict(list)
+    products: dict[str, list[Tensor]] = defaultdict(list)
 
-    def keep(stage: int, module: EfficientLocalAttention, args: tuple[Tensor]) -> None:
-        # a_h depends on the row alone and a_w on the column alone: the mean of the product is that of the means
+    def keep(name: str, module: EfficientLocalAttention, args: tuple[Tensor]) -> None:
+        # a_h depends on the row alone and a_w on the column alone: the mean of their product is that of their means'
         (h, hh), (w, ww) = (moments(gate) for gate in module.gates(args[0]))
-        products[stage].append(torch.stack([h * w, hh * ww]).flatten(1))
+        products[name].append(torch.stack([h * w, hh * ww]))
 
     hooks = [
-        module.register_forward_pre_hook(partial(keep, int(name.split('.')[1])))
+        module.register_forward_pre_hook(partial(keep, name))
         for name, module in model.named_modules() if isinstance(module, EfficientLocalAttention)]
     for x, _ in loader:
         model(x)
     for hook in hooks:
         hook.remove()
-    means = {stage: torch.cat(values, 1).mean(1).tolist() for stage, values in products.items()}
-    return {stage: (mean, max(0., square - mean ** 2) ** 0.5) for stage, (mean, square) in means.items()}
+    by_stage: dict[int, list[Tensor]] = defaultdict(list)
+    for name, values in products.items():
+        by_stage[int(name.split('.')[1])].append(torch.cat(values, 1).mean(1))  # (2, channels)
+    return {stage: spreads(torch.cat(values, 1)) for stage, values in by_stage.items()}
+
+
+def spreads(channels: Tensor) -> tuple[float, float, float]:
+    """Mean, standard deviation, and standard deviation within channels, from each channel's two moments (2, C)."""
+    (mean, square), between = channels.mean(1), channels[0].square().mean()
+    return mean.item(), (square - mean ** 2).clamp(0).sqrt().item(), (square - between).clamp(0).sqrt().item()
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -112,23 +122,24 @@ def measure_run(folder: Path, data: Path, images: int) -> tuple[nn.Module, list[
     arm = MODELS[used['model']].layer.suffix
     return model, [
         {'arm': arm, 'model': used['model'], 'seed': used['seed'], 'stage': stage, 'mean': round(mean, 5),
-         'spread': round(spread, 5), 'images': min(images, len(test)), 'top1': top1, 'top1_frozen': frozen,
-         'test_images': len(test)} for stage, (mean, spread) in sorted(gates.items())]
+         'spread': round(spread, 5), 'within': round(within, 5), 'images': min(images, len(test)), 'top1': top1,
+         'top1_frozen': frozen, 'test_images': len(test)} for stage, (mean, spread, within) in sorted(gates.items())]
 
 
 def page(table: pd.DataFrame, name: str) -> str:
     """The page of the gates, all of it read from the table."""
     stages = sorted(table.stage.unique())
     header = ['attention', 'n', 'top-1 (%)', 'frozen at 1/4', 'difference',
-              *(f'stage {stage}: moved, spread' for stage in stages)]
+              *(f'stage {stage}: moved, spread, within' for stage in stages)]
     rows = [header, ['---', *['---:'] * (len(header) - 1)]]
     for arm in (arm for arm in TITLES if arm in set(table.arm)):
         here = table[table.arm == arm]
-        runs, by_stage = here.groupby('seed').first(), here.groupby('stage')[['mean', 'spread']].mean()
+        runs, by_stage = here.groupby('seed').first(), here.groupby('stage')[['mean', 'spread', 'within']].mean()
+        moved = by_stage['mean'] - 0.25
         rows.append([
             TITLES[arm], str(len(runs)), f'{runs.top1.mean():.2f}', f'{runs.top1_frozen.mean():.2f}',
             f'{(runs.top1_frozen - runs.top1).mean():+.2f}',
-            *(f'{by_stage["mean"][s] - 0.25:+.3f}, {by_stage.spread[s]:.3f}' for s in stages)])
+            *(f'{moved[s]:+.3f}, {by_stage.spread[s]:.3f}, {by_stage.within[s]:.3f}' for s in stages)])
     intro = INTRO.format(name=name, images=table.images.max(), test_images=table.test_images.max())
     lines = '\n'.join(f'| {" | ".join(row)} |' for row in rows)
     return f'{intro}\n{lines}\n\n![Gates on three photographs]({name}.gates.webp)\n'

@@ -15,15 +15,25 @@ INTRO = """\
 
 Every row of [{name}.csv]({name}.csv) is one run of timm's unmodified `train.py` and `validate.py`, by `make study`. All
 arms of a seed start from the same network to the bit (ImageNet weights of EfficientNet-Lite0, grafted by `timm-ela
-convert`, and one head), and see the same images in the same order. The number is the top-1 accuracy of the final epoch
-on the test split, in percent. Empty cells were not run.
+convert`, and one head), and see the same images in the same order. Seeds differ in the head, the layers' free weights,
+the order and the augmentation, not in the images. The number is the top-1 accuracy of the final epoch on the test
+split, in percent. Empty cells were not run.
 
-- {train_images} training images, {test_images} test images, {epochs} epochs, {img_size} px.
-- One recipe for all: `{recipe}`.
+- {train_images} training images, {test_images} test images, epochs: {epochs}, {img_size} px.
+- One recipe for all, chosen on the plain model: `{recipe}`.
 - {hardware}, device {device}; Python {python}, torch {torch}, timm {timm}, timm_ela {timm_ela}; SHA-256 of train.py:
   {train_py}.
-- Difference: paired by seed, with its 95 % interval (Student's t). p: paired t-test, corrected by Holm for the number
-  of arms. Training images/s: forward and backward, all arms in turn in one process.
+- Difference: paired by seed, with its uncorrected 95 % interval (Student's t). p: paired t-test, corrected by Holm for
+  the number of arms. {power}
+- The graft multiplies the projection weights after a gate by the inverse of the gate's neutral value: 4 for ELA, CA and
+  CBAM, 2 for SE and ECA, 1 for GC. AdamW's steps do not grow with them, so these weights start with a smaller relative
+  learning rate than the plain model's. The arms differ in this, too.
+- Training images/s: forward and backward of one batch on all cores, all arms in turn in one process, medians.
+"""
+POWER = """\
+With {n} seeds and {arms} arms, the mean difference must exceed {ratio:.1f} standard deviations of the
+  differences for the smallest corrected p to be below {level}. A difference that is not significant is no evidence that
+  there is none.
 """
 SHORT = """\
 ## An earlier study, from scratch
@@ -31,7 +41,7 @@ SHORT = """\
 Top-1 of {backbone}, trained from scratch for {epochs} epochs on {train_images} images at {img_size} px, means over the
 seeds: {means}.
 
-These are numbers of a short schedule, and its seeds are no pairs. So far from convergence, they tell how fast a layer
+These are numbers of a short schedule, and its seeds are not pairs. So far from convergence, they tell how fast a layer
 learns, not how good it is. [Its page](short-schedule/cifar10.md) has the rest.
 """
 
@@ -51,20 +61,33 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
     for arm, values in differences.items():
         values = values.dropna()
         if len(values) > 1:
-            half = stats.t.ppf(1 - LEVEL / 2, len(values) - 1) * stats.sem(values)
-            lines.loc[arm, ['difference', 'low', 'high']] = values.mean(), values.mean() - half, values.mean() + half
-            lines.loc[arm, 'p'] = stats.ttest_1samp(values, 0).pvalue
+            test = stats.ttest_1samp(values, 0)
+            lines.loc[arm, ['difference', 'low', 'high', 'p']] = (
+                values.mean(), *test.confidence_interval(1 - LEVEL), test.pvalue)
     if 'p' in lines:
         lines['p'] = holm(lines['p'])
     first = table.groupby('arm').first()
     return lines.join(first[['params', 'train_images_per_second']])
 
 
+def p_value(p: float) -> str:
+    return '< 0.01' if p < 0.01 else f'= {p:.2f}'
+
+
+def power(lines: pd.DataFrame) -> str:
+    """What a difference must be to count as significant, before any is looked at."""
+    if 'p' not in lines:
+        return ''
+    n, arms = int(lines.n.max()), int(lines.p.count())
+    least = stats.t.ppf(1 - LEVEL / arms / 2, n - 1) / n ** 0.5
+    return POWER.format(n=n, arms=arms, ratio=least, level=LEVEL).strip()
+
+
 def verdict(arm: str, line: pd.Series) -> str:
     """One sentence that claims no more than the corrected test does."""
     where = f'{abs(line.difference):.2f} points {"above" if line.difference > 0 else "below"} the plain model'
-    shown = 'this is shown' if line.p < LEVEL else 'nothing is shown'
-    return f'{TITLES[arm]} is {where} (p = {line.p:.2f}): {shown}.'
+    shown = 'significant' if line.p < LEVEL else 'not significant, so nothing is shown'
+    return f'{TITLES[arm]} is {where} (p {p_value(line.p)}): {shown}.'
 
 
 def cells(arm: str, line: pd.Series) -> list[str]:
@@ -74,7 +97,8 @@ def cells(arm: str, line: pd.Series) -> list[str]:
     deviation = f' ± {line["std"]:.2f}' if line.n > 1 else ''
     difference, p = '', ''
     if pd.notna(line.get('difference')):
-        difference, p = f'{line.difference:+.2f} [{line.low:+.2f}, {line.high:+.2f}]', f'{line.p:.2f}'
+        difference = f'{line.difference:+.2f} [{line.low:+.2f}, {line.high:+.2f}]'
+        p = p_value(line.p).removeprefix('= ')
     return [TITLES[arm], f'{int(line.n)}', f'{line["mean"]:.2f}{deviation}', difference, p, f'{int(line.params):,}',
             f'{line.train_images_per_second:.0f}' if pd.notna(line.train_images_per_second) else '']
 
@@ -95,7 +119,7 @@ def page(table: pd.DataFrame, name: str) -> str:
     said = [verdict(arm, line) for arm, line in lines.iterrows() if pd.notna(line.get('difference'))]
     values = {column: ', '.join(map(str, table[column].unique())) for column in table}
     parts = [
-        INTRO.format(name=name, **values),
+        INTRO.format(name=name, power=power(lines), **values),
         '\n'.join(f'| {" | ".join(row)} |' for row in rows),
         '\n'.join(f'- {sentence}' for sentence in said),
         f'![Accuracy against parameters and against training speed]({name}.png)',
