@@ -37,12 +37,13 @@ conformance: $(INSTALLED)
 cards: $(INSTALLED)
 	$(BIN)/python weights_cards/make_cards.py
 
-# Trains ELA and its rivals by timm's own scripts; what is done is not done again, nor what STUDY='--done TABLE' has of an
-# earlier part. Variables: DATA, a folder with train/ and test/; TIMM_SCRIPTS, a folder with timm's scripts alone; DEVICE
-# (cpu or cuda); JOBS, runs at a time; STUDY, options of study.py.
+# Trains ELA and its rivals by timm's own scripts, about 2 hours on two cores. What is done is not done again, nor what
+# STUDY='--done TABLE' has of an earlier part. Variables: DATA, a folder with train/ and test/; TIMM_SCRIPTS, a folder
+# with timm's scripts alone; DEVICE (cpu or cuda); JOBS, runs at a time; STUDY, options of study.py.
 DEVICE ?= cpu
 JOBS ?= 2
-RUN_STUDY = $(BIN)/python weights_cards/studies/study.py '$(DATA)' --scripts '$(TIMM_SCRIPTS)' --device $(DEVICE) --jobs $(JOBS)
+RUN_STUDY = $(BIN)/python weights_cards/studies/study.py '$(DATA)' --scripts '$(TIMM_SCRIPTS)' \
+	--device $(DEVICE) --jobs $(JOBS)
 
 study: $(INSTALLED)
 	$(RUN_STUDY) $(STUDY)

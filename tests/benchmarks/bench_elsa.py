@@ -5,7 +5,6 @@ each takes its turn, batch 4, 224 pixels, 2 threads. Times are those of the wall
 which a busy machine disturbs less.
 """
 import argparse
-import platform
 import statistics
 from collections.abc import Callable
 from time import perf_counter, process_time
@@ -13,6 +12,7 @@ from time import perf_counter, process_time
 import timm
 import torch
 import torch.nn.functional as F
+from timing import describe
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -78,8 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(f'{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}, timm '
-          f'{timm.__version__}, batch {BATCH}, medians of {args.repeats}, ms of the wall and of the processor\n')
+    print(f'Batch {BATCH}, milliseconds of the wall and of the processor: {describe(args.repeats)}.\n')
 
     row('C x H x W', 'layout', 'mode', 'F.unfold', 'processor', 'ours', 'processor', 'times as fast', 'processor')
     row(*['---'] * 3, *['---:'] * 6)

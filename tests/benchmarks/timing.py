@@ -11,6 +11,8 @@ import numpy as np
 import timm
 import torch
 
+import timm_ela
+
 Call = Callable[[], object]
 
 
@@ -45,8 +47,8 @@ def describe(repeats: int) -> str:
     hardware = names[0] if names else platform.processor() or platform.machine()
     return (
         f'{hardware}, {torch.get_num_threads()} threads; Python {platform.python_version()}, PyTorch '
-        f'{torch.__version__}, timm {timm.__version__}; {repeats} interleaved repeats, medians with quartiles; '
-        f'`python {shlex.join(sys.argv)}`')
+        f'{torch.__version__}, timm {timm.__version__}, timm_ela {timm_ela.__version__}; {repeats} interleaved '
+        f'repeats, medians; `python {shlex.join(sys.argv)}`')
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

@@ -1,4 +1,4 @@
-"""Efficient Local Attention as functions: the plain formula, then the path that costs less.
+"""Efficient Local Attention as functions: the plain formula, its forms for compilers and exports, and the eager path.
 
 `ELA: Efficient Local Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2403.01123
 """
@@ -21,7 +21,7 @@ else:
 
 
 def set_fused(enable: bool = True) -> None:
-    """Chooses how `ela` computes in eager mode, as timm's `set_fused_attn` does; the environment's is TIMM_ELA_FUSED.
+    """Chooses how `ela` computes in eager mode, as timm's `set_fused_attn` does. TIMM_ELA_FUSED sets the default.
 
     Args:
         enable: Take the path that costs less; else the plain formula, `ela_reference`.
@@ -38,7 +38,7 @@ def strip_logits(
         norm_groups: int,
         eps: float,
 ) -> Tensor:
-    """Turns one pooled strip (N, C, L) into what its gate is the sigmoid of (N, C, L): GroupNorm(Conv1d(z))."""
+    """The logits (N, C, L) of one gate from its pooled strip z (N, C, L): GroupNorm(Conv1d(z))."""
     channels, group_size, kernel_size = conv_weight.shape
     z = F.conv1d(z, conv_weight, None, padding=[kernel_size // 2], groups=channels // group_size)
     return F.group_norm(z, norm_groups, norm_weight, norm_bias, eps)
@@ -218,7 +218,7 @@ def _gated(x: Tensor, logits_h: Tensor, logits_w: Tensor, inplace: bool = False)
 
 
 def _logits(z: Tensor, conv_weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, groups: int, eps: float) -> Tensor:
-    """`strip_logits`, with a faster backward pass."""
+    """`strip_logits`, faster for short strips and in the backward pass on a CPU."""
     # Drop taps that only ever see padding: with them, strips of length 2 run 27 times slower.
     spare = max(0, conv_weight.shape[2] // 2 + 1 - max(1, z.shape[2]))
     conv_weight = conv_weight[..., spare:conv_weight.shape[2] - spare]
@@ -243,7 +243,7 @@ def _owns_its_memory(x: Tensor) -> bool:
 
 
 def _is_autocast(x: Tensor) -> bool:
-    """Whether autocast makes x's dtype and the weights' one."""
+    """True if autocast casts x, so that x and the weights may differ in dtype."""
     device, casts = x.device.type, (torch.float32, torch.float16, torch.bfloat16)
     return x.dtype in casts and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 

@@ -57,7 +57,7 @@ def measure_gates(model: nn.Module, loader: DataLoader) -> dict[int, tuple[float
     products: dict[str, list[Tensor]] = defaultdict(list)
 
     def keep(name: str, module: EfficientLocalAttention, args: tuple[Tensor]) -> None:
-        # a_h depends on the row alone and a_w on the column alone: the mean of their product is that of their means'
+        # a_h depends on the row alone, a_w on the column alone: the mean of their product is the product of their means
         (h, hh), (w, ww) = (moments(gate) for gate in module.gates(args[0]))
         products[name].append(torch.stack([h * w, hh * ww]))
 
