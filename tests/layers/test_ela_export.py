@@ -7,7 +7,7 @@ from timm_ela.layers import ela_functional
 
 @pytest.mark.parametrize('shape', [(2, 32, 7, 13), (1, 32, 13, 7), (3, 32, 2, 3), (2, 32, 1, 5), (2, 48, 9, 9)])
 @pytest.mark.parametrize('variant', ['b', 's'])
-@pytest.mark.parametrize('writing', ['_ela_traced', '_ela_exported'])
+@pytest.mark.parametrize('writing', ['_ela_compiled', '_ela_exported'])
 def test_another_writing_equals_the_formula_with_every_gradient(make, writing, variant, shape, memory_format):
     m = make(shape[1], variant, dtype=torch.float64)
     x = torch.randn(shape, dtype=torch.float64).to(memory_format=memory_format)

@@ -64,7 +64,7 @@ def ela_reference(
         norm_groups: int,
         eps: float = 1e-5,
 ) -> Tensor:
-    """The formula, written plainly: document, oracle, and what is scripted.
+    """The formula, written plainly: document, oracle, and what TorchScript and exports of free sizes trace.
 
     Args:
         x: Feature map (N, C, H, W).
@@ -82,7 +82,7 @@ def ela_reference(
     return gate(x, logits_h, logits_w)
 
 
-def _ela_traced(
+def _ela_compiled(
         x: Tensor,
         conv_weight: Tensor,
         norm_weight: Tensor,
@@ -90,7 +90,7 @@ def _ela_traced(
         norm_groups: int,
         eps: float,
 ) -> Tensor:
-    """`ela_reference` with strips that stay 4-D, for what records operations.
+    """`ela_reference` with strips that stay 4-D, for torch.compile.
 
     Inductor computes maps in channels_last on a CPU, and 4-D strips with them. Strips of 3-D stay as they are, and the
     product with them is then not vectorized.
@@ -313,9 +313,10 @@ def _ela(
             and isinstance(x.shape[2], int) and isinstance(x.shape[3], int)
             and x.shape[1] // groups * min(x.shape[2:]) > 1):
         return _ela_exported(x, *args)
-    # A compiler fuses by itself.
+    # A compiler fuses by itself. In an export of free sizes, 4-D strips would forbid some of them.
     if is_traced():
-        return _ela_traced(x, *args)
+        compiled = torch.compiler.is_dynamo_compiling() and not is_exporting()
+        return _ela_compiled(x, *args) if compiled else ela_reference(x, *args)
     check_input(x, conv_weight, norm_weight, norm_bias)
     if not _FUSED or is_transformed():
         return ela_reference(x, *args)
