@@ -57,7 +57,8 @@ RUNS ?= output/study
 study-gates: $(INSTALLED)
 	$(BIN)/python weights_cards/studies/gates.py '$(DATA)' --runs '$(RUNS)'
 
-# Speed beside the plain models, about 20 minutes on two idle cores. BENCH: other options of bench_models.py.
+# Speed beside the plain models, on idle cores: 20 minutes on two, and 2 more to compile each model's training step.
+# BENCH: options of bench_models.py.
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_models.py $(BENCH)
 
