@@ -262,7 +262,8 @@ def main() -> None:
         try:
             for run, job in zip(runs, jobs, strict=True):
                 error = job.exception()
-                finished += [run] if error is None else []
+                if error is None:
+                    finished.append(run)
                 print(f'{run.name}: {error or "done"}', file=sys.stderr if error else sys.stdout, flush=True)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
