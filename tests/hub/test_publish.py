@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from argparse import Namespace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -176,23 +177,72 @@ def test_the_card_is_a_valid_model_card_with_recipe_and_versions(exported):
     assert timm.__version__ in text and torch.__version__ in text
 
 
-@pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason='TIMM_SCRIPTS names no folder with train.py')
+# What says where a run ran, what it logged and saved, or what it was called, not how it trained.
+NOT_RECIPE = {
+    'data', 'data_dir', 'class_map', 'dataset_download', 'dataset_trust_remote_code', 'input_key', 'target_key',
+    'val_num_samples', 'resume', 'no_resume_opt', 'start_epoch', 'device', 'device_modules', 'local_rank', 'no_ddp_bb',
+    'dist_bn', 'synchronize_step', 'fuser', 'grad_checkpointing', 'torchscript', 'torchcompile', 'torchcompile_mode',
+    'model_ema_force_cpu', 'workers', 'worker_seeding', 'pin_mem', 'no_prefetcher', 'use_multi_epochs_loader',
+    'validation_batch_size', 'log_interval', 'val_interval', 'recovery_interval', 'checkpoint_hist', 'save_images',
+    'output', 'experiment', 'eval_metric', 'tta', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id', 'help',
+}
+
+
+@pytest.fixture
+def train_parser(monkeypatch):
+    """The parser of timm's train.py."""
+    if 'TIMM_SCRIPTS' not in os.environ:
+        pytest.skip('TIMM_SCRIPTS names no folder with train.py')
+    monkeypatch.syspath_prepend(os.environ['TIMM_SCRIPTS'])
+    monkeypatch.setattr(sys, 'argv', ['train.py'])
+    return pytest.importorskip('train').parser
+
+
+@cache
+def untrained():
+    return timm.create_model(MODEL)
+
+
+def read_recipe(parser, run):
+    """What train.py would read from the recipe of a run's card."""
+    text = run_card(untrained(), TrainRun(run, {}, False, 1, TRAINED), None)
+    command = text.split('## Recipe')[1].split('```bash\n')[1].split('```')[0].replace('\\\n', '')
+    return vars(parser.parse_args(shlex.split(command)[1:]))
+
+
 @pytest.mark.parametrize('args', [
     {}, {'no_aug': True, 'model_ema': True, 'model_ema_decay': 0.99}, {'amp': True, 'amp_dtype': 'bfloat16'},
     {'lr': None, 'momentum': 0.0, 'clip_grad': 1.0},
     {'val_split': 'test', 'sched_on_updates': True, 'head_init_scale': 0.01},
     {'mean': [0.5, 0.5, 0.5], 'scale': [0.5, 1.0], 'opt_betas': [0.9, 0.95], 'model_kwargs': {'act_layer': 'silu'}},
+    {'cutmix': 1.0, 'mixup_prob': 0.5, 'mixup_off_epoch': 5},
+    {'train_img_sizes': [96, 128], 'train_size_schedule': 'progressive', 'train_size_random_mix': 0.0},
+    {'sched': 'step', 'decay_epochs': 2.4, 'decay_rate': 0.97}, {'lr_cycle_limit': 3, 'lr_cycle_decay': 0.7},
 ], ids=str)
-def test_the_recipe_is_what_train_py_would_read_as_this_run(monkeypatch, args):
-    monkeypatch.syspath_prepend(os.environ['TIMM_SCRIPTS'])
-    monkeypatch.setattr(sys, 'argv', ['train.py'])
-    parser = pytest.importorskip('train').parser
+def test_the_recipe_is_what_train_py_would_read_as_this_run(train_parser, args):
     run = TRAIN_ARGS | args
-    text = run_card(timm.create_model(MODEL), TrainRun(run, {}, False, 1, TRAINED), None)
-    command = text.split('## Recipe')[1].split('```bash\n')[1].split('```')[0].replace('\\\n', '')
-    read = vars(parser.parse_args(shlex.split(command)[1:]))
-    elsewhere = {'data_dir'}
-    assert {k for k in read if k not in elsewhere and read[k] != run[k]} == set()
+    read = read_recipe(train_parser, run)
+    assert {k for k in read if k not in {'data_dir'} and read[k] != run.get(k, train_parser.get_default(k))} == set()
+
+
+def test_no_argument_of_train_py_that_changes_the_training_is_missing_in_the_recipe(train_parser):
+    counts = {  # only with these
+        'amp': True, 'bce_loss': True, 'clip_grad': 1.0, 'cutmix': 1.0, 'kd_model_name': 'resnet18', 'layer_decay': 0.9,
+        'lr_cycle_limit': 2, 'lr_noise': [0.5, 0.9], 'model_ema': True, 'naflex_loader': True, 'reprob': 0.5,
+        'train_img_sizes': [96, 128], 'lr': None}
+    schedules = {
+        'decay_epochs': 'step', 'decay_milestones': 'multistep', 'patience_epochs': 'plateau', 'decay_rate': 'poly'}
+    values = {  # the rest is any
+        'in_chans': 3, 'input_size': [3, 64, 64], 'model_kwargs': {'alpha': 7}, 'opt_kwargs': {'beta': 7}}
+    missing = set()
+    for action in train_parser._actions:
+        name, of = action.dest, action.type or str
+        value = action.choices[-1] if action.choices else not action.default if action.nargs == 0 else of('7')
+        value = values.get(name, [value] if action.nargs == '+' else value)
+        run = TRAIN_ARGS | counts | {'sched': schedules.get(name, 'cosine')} | {name: value}
+        if name not in NOT_RECIPE and read_recipe(train_parser, run)[name] != value:
+            missing.add(name)
+    assert missing == set()
 
 
 def test_the_card_names_the_paper_of_the_models_own_attention(exported):

@@ -17,20 +17,54 @@ from .train_run import TrainRun
 
 INSTALL = 'pip install git+https://github.com/timm-ela/timm_ela'  # the address in pyproject.toml
 PLACEHOLDER = 'hf-hub:OWNER/NAME'  # of a card's repository, until a push knows it
-# The arguments in args.yaml that say how a run was trained; paths and the like are left out.
+# The arguments in args.yaml that say how a run was trained; paths, what is logged and where it ran are left out.
 _RECIPE = (
-    'dataset', 'train_split', 'val_split', 'model', 'model_kwargs', 'bn_eps', 'bn_momentum', 'pretrained',
-    'num_classes', 'img_size', 'input_size', 'in_chans', 'mean', 'std', 'crop_pct', 'gp', 'epochs', 'batch_size',
-    'grad_accum_steps', 'opt', 'opt_kwargs', 'opt_betas', 'momentum', 'lr', 'sched', 'sched_on_updates',
-    'warmup_epochs', 'warmup_lr', 'min_lr', 'cooldown_epochs', 'weight_decay', 'clip_grad', 'layer_decay',
-    'head_init_scale', 'head_init_bias', 'drop', 'drop_path', 'smoothing', 'bce_loss', 'mixup', 'cutmix', 'amp',
-    'channels_last', 'model_ema', 'seed',
+    'dataset', 'train_split', 'val_split', 'train_num_samples', 'model', 'model_kwargs', 'bn_eps', 'bn_momentum',
+    'sync_bn', 'split_bn', 'pretrained', 'num_classes', 'img_size', 'input_size', 'in_chans', 'input_img_mode', 'mean',
+    'std', 'crop_pct', 'interpolation', 'gp', 'fast_norm', 'model_dtype', 'train_img_sizes', 'naflex_loader', 'epochs',
+    'epoch_repeats', 'batch_size', 'grad_accum_steps', 'opt', 'opt_kwargs', 'opt_betas', 'opt_eps', 'momentum', 'lr',
+    'sched', 'sched_on_updates', 'lr_cycle_limit', 'lr_k_decay', 'lr_noise', 'warmup_epochs', 'warmup_lr',
+    'warmup_prefix', 'min_lr', 'cooldown_epochs', 'weight_decay', 'clip_grad', 'layer_decay', 'head_init_scale',
+    'head_init_bias', 'drop', 'drop_connect', 'drop_path', 'drop_block', 'smoothing', 'bce_loss', 'jsd_loss',
+    'aug_repeats', 'aug_splits', 'mixup', 'cutmix', 'cutmix_minmax', 'kd_model_name', 'amp', 'channels_last',
+    'model_ema', 'seed',
 )
+# Values with which an argument changes nothing: it is left out.
+_NEUTRAL = {'epoch_repeats': 0, 'lr_cycle_limit': 1, 'lr_k_decay': 1, 'aug_repeats': 0, 'aug_splits': 0}
 # Arguments that count only with another one, or only without it.
-_RECIPE_WITH = {'model_ema': ('model_ema_decay',), 'amp': ('amp_dtype',)}
+_MIX = ('mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch')
+_RECIPE_WITH: dict[str, tuple[str, ...]] = {
+    'amp': ('amp_dtype',),
+    'bce_loss': ('bce_sum', 'bce_target_thresh', 'bce_pos_weight'),
+    'clip_grad': ('clip_mode',),
+    'cutmix': _MIX,
+    'cutmix_minmax': _MIX,
+    'kd_model_name': (
+        'kd_distill_type', 'kd_loss_type', 'kd_temperature', 'kd_student_feature_dim', 'kd_teacher_feature_dim',
+        'kd_token_distill_type', 'distill_loss_weight', 'task_loss_weight'),
+    'layer_decay': ('layer_decay_min_scale', 'layer_decay_no_opt_scale'),
+    'lr_noise': ('lr_noise_pct', 'lr_noise_std'),
+    'mixup': _MIX,
+    'model_ema': ('model_ema_decay', 'model_ema_warmup'),
+    'naflex_loader': (
+        'naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_patch_sizes', 'naflex_patch_size_probs',
+        'naflex_loss_scale', 'naflex_patchify_channels_first'),
+    'reprob': ('remode', 'recount', 'resplit'),
+    'train_img_sizes': (
+        'train_batch_sizes', 'train_size_probs', 'train_size_schedule', 'train_size_schedule_spread',
+        'train_size_random_mix', 'train_batches_per_epoch', 'variable_batch_loss_scale'),
+}
 _RECIPE_WITHOUT = {
-    'lr': ('lr_base', 'lr_base_size'),
-    'no_aug': ('aa', 'color_jitter', 'hflip', 'vflip', 'scale', 'ratio', 'reprob', 'train_interpolation'),
+    'lr': ('lr_base', 'lr_base_size', 'lr_base_scale'),
+    'no_aug': (
+        'train_crop_mode', 'aa', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'hflip',
+        'vflip', 'scale', 'ratio', 'reprob', 'train_interpolation'),
+}
+_RECIPE_OF_SCHED: dict[Any, tuple[str, ...]] = {
+    'step': ('decay_epochs', 'decay_rate'),
+    'multistep': ('decay_milestones', 'decay_rate'),
+    'plateau': ('patience_epochs', 'decay_rate'),
+    'poly': ('decay_rate',),
 }
 
 
@@ -73,10 +107,13 @@ def _command(args: dict[str, Any]) -> str:
     keys = list(_RECIPE)
     keys += [k for flag, more in _RECIPE_WITH.items() if args.get(flag) for k in more]
     keys += [k for flag, more in _RECIPE_WITHOUT.items() for k in (more if not args.get(flag) else (flag,))]
+    keys += _RECIPE_OF_SCHED.get(args.get('sched'), ())
+    keys += ('lr_cycle_mul', 'lr_cycle_decay') if args.get('lr_cycle_limit', 1) != 1 else ()
     words = ['train.py', '--data-dir DATA']
     for key in dict.fromkeys(keys):
         value = args.get(key)
-        if value is None or value is False or value in ('', [], {}):  # a zero counts: it may differ from the default
+        # a zero counts, where it is not neutral: it may differ from the default
+        if value is None or value is False or value in ('', [], {}) or value == _NEUTRAL.get(key):
             continue
         if isinstance(value, dict):
             value = [f'{k}={v}' for k, v in value.items()]
