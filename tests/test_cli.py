@@ -68,6 +68,11 @@ def test_list_is_a_table_below_each_paper_with_the_default_tag_or_all_tags(capsy
     assert sorted(words[-7:]) == sorted(n.partition('.')[2] for n in timm.list_pretrained('resnet18_ela_b.*'))
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no signal of broken pipes')
+def test_a_pipe_that_ends_early_is_no_error_of_list():
+    assert run(['sh', '-c', f'{shlex.join(MODULE)} list --tags | true']).stderr == ''
+
+
 # Help
 @pytest.mark.parametrize('command', COMMANDS)
 def test_the_help_of_a_command_holds_one_example_and_it_parses(capsys, command):

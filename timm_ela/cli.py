@@ -203,6 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     signals = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
     for number in signals:
         signal.signal(number, _interrupt)
+    if argv is None and args.command == 'list' and hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `list | head` ends without an error
     try:
         args.function(args)
         for number in signals:

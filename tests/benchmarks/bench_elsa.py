@@ -1,8 +1,8 @@
 """Speed and memory of ELSA on this machine's CPU, as Markdown tables: `python tests/benchmarks/bench_elsa.py`.
 
 The operator stands beside the authors' own CPU path (F.unfold), ELSA-Swin-T beside Swin-T: medians of repeats in which
-each takes its turn, batch 4, 224 pixels, 2 threads. Times are those of the wall and of the processor (both threads'),
-which a busy machine disturbs less.
+each takes its turn, batch 4, 224 pixels, 2 threads. Times are wall time and CPU time (of both threads), which a busy
+machine disturbs less.
 """
 import argparse
 import statistics
@@ -36,7 +36,7 @@ def by_unfold(v: Tensor, attn: Tensor, add: Tensor) -> Tensor:
 
 
 def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Milliseconds of each call, by the wall's clock and by the processor's."""
+    """Wall time and CPU time of each call in milliseconds."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
@@ -78,9 +78,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(f'Batch {BATCH}, milliseconds of the wall and of the processor: {describe(args.repeats)}.\n')
+    print(f'Batch {BATCH}, wall time and CPU time in milliseconds: {describe(args.repeats)}.\n')
 
-    row('C x H x W', 'layout', 'mode', 'F.unfold', 'processor', 'ours', 'processor', 'times as fast', 'processor')
+    row('C x H x W', 'layout', 'mode', 'F.unfold, wall', 'CPU', 'timm_ela, wall', 'CPU', 'speed-up, wall', 'CPU')
     row(*['---'] * 3, *['---:'] * 6)
     for channels, size, heads in SHAPES:
         for layout in ('NCHW', 'NHWC'):
@@ -101,7 +101,7 @@ def main() -> None:
             compare((shape, layout, 'forward + backward'), steps, args.repeats, True)
 
     print()
-    row('mode', 'Swin-T', 'processor', 'ELSA-Swin-T', 'processor', 'times Swin-T', 'processor')
+    row('mode', 'Swin-T, wall', 'CPU', 'ELSA-Swin-T, wall', 'CPU', 'ratio, wall', 'CPU')
     row('---', *['---:'] * 6)
     models = {name: timm.create_model(name) for name in MODELS}
     x, labels = torch.randn(BATCH, 3, 224, 224), torch.randint(1000, (BATCH,))

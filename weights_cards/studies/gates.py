@@ -30,14 +30,15 @@ PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee')  # of scikit-image
 INTRO = """\
 # Gates of ELA on {name}
 
-Every row of [{name}.gates.csv]({name}.gates.csv) is a stage of one run of `train.py`. A gate is a_h * a_w; it
-starts at exactly 1/4. `moved` is the mean of the gates over images, channels and positions, less 1/4; `spread` is
-their standard deviation, and `within` the part of it within the channels, over images and positions: a gate that is
-constant in each channel has a spread, but none within. All are measured on {images} test images, and are means over the
-n seeds. The runs, with hardware and versions, are in [{name}.csv]({name}.csv).
+Every row of [{name}.gates.csv]({name}.gates.csv) is a stage of one run of `train.py`: an index of `model.blocks`, of
+which the first, 0, has no ELA. A gate is a_h * a_w; it starts at exactly 1/4. `moved` is the mean of the gates over
+images, channels and positions, less 1/4; `spread` is their standard deviation, and `within` the part of it within the
+channels, over images and positions: a gate that is constant in each channel has a spread, but none within. All are
+measured on {images} test images, and are means over the n seeds. The runs, with hardware and versions, are in
+[{name}.csv]({name}.csv).
 
 Frozen: the same weights with every gate set back to 1/4. Nothing is trained again, and batch norm keeps its statistics.
-The difference is what the other weights miss without the gates that they were trained with. It is not what a model
+The difference shows how much the other weights rely on the gates that they were trained with. It is not what a model
 reaches that is trained without gates. Top-1 is measured on {test_images} test images.
 """
 

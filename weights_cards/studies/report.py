@@ -13,11 +13,12 @@ LEVEL = 0.05
 INTRO = """\
 # Attention layers fine-tuned on {name}
 
-Every row of [{name}.csv]({name}.csv) is one run of timm's unmodified `train.py` and `validate.py`, by `make study`. All
-arms of a seed start from the same network to the bit (ImageNet weights of EfficientNet-Lite0, grafted by `timm-ela
-convert`, and one head), and see the same images in the same order. Seeds differ in the head, the layers' free weights,
-the order and the augmentation, not in the images. The number is the top-1 accuracy of the final epoch on the test
-split, in percent. Empty cells were not run.
+Every row of [{name}.csv]({name}.csv) is one run of timm's `train.py` and `validate.py`, by `make study`. All arms of a
+seed start from the same network to the bit (ImageNet weights of EfficientNet-Lite0, grafted by `timm-ela convert`, and
+one head). They see the same images in the same order: [paired_train.py](paired_train.py) starts `train.py` and seeds
+its loader anew at each epoch. Seeds differ in the head, the layers' free weights, the order and the augmentation, not
+in the images. The number is the top-1 accuracy of the final epoch on the test split, in percent. Empty cells were not
+run.
 
 - {train_images} training images, {test_images} test images, epochs: {epochs}, {img_size} px.
 - One recipe for all, chosen on the plain model: `{recipe}`.
@@ -28,7 +29,8 @@ split, in percent. Empty cells were not run.
 - The graft multiplies the projection weights after a gate by the inverse of the gate's neutral value: 4 for ELA, CA and
   CBAM, 2 for SE and ECA, 1 for GC. AdamW's steps do not grow with them, so these weights start with a smaller relative
   learning rate than the plain model's. The arms differ in this, too.
-- Training images/s: forward and backward of one batch on all cores, all arms in turn in one process, medians.
+- Training images/s: forward and backward of one batch on all cores, all arms in turn in one process, medians. A few
+  images/s more or less are noise; [speed.md](speed.md) has ratios with quartiles, at 224 px.
 """
 POWER = """\
 With {n} seeds and {arms} arms, the mean difference must exceed {ratio:.1f} standard deviations of the
@@ -71,7 +73,7 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def p_value(p: float) -> str:
-    return '< 0.01' if p < 0.01 else f'= {p:.2f}'
+    return '< 0.001' if p < 0.001 else f'= {p:.3f}'
 
 
 def power(lines: pd.DataFrame) -> str:
@@ -83,11 +85,16 @@ def power(lines: pd.DataFrame) -> str:
     return POWER.format(n=n, arms=arms, ratio=least, level=LEVEL).strip()
 
 
-def verdict(arm: str, line: pd.Series) -> str:
-    """One sentence that claims no more than the corrected test does."""
-    where = f'{abs(line.difference):.2f} points {"above" if line.difference > 0 else "below"} the plain model'
-    shown = 'significant' if line.p < LEVEL else 'not significant, so nothing is shown'
-    return f'{TITLES[arm]} is {where} (p {p_value(line.p)}): {shown}.'
+def verdict(lines: pd.DataFrame) -> str:
+    """Which arms differ from plain. It claims no more than the corrected test does."""
+    if 'p' not in lines:
+        return ''
+    shown = [f'{TITLES[arm]} {line.difference:+.2f} points (p {p_value(line.p)})'
+             for arm, line in lines[lines.p < LEVEL].iterrows()]
+    if shown:
+        return (f'Different from the plain model at the level {LEVEL}, corrected: {", ".join(shown)}. The other '
+                'differences are not significant.')
+    return f'No difference to the plain model is significant at the level {LEVEL}, corrected: the table ranks no layer.'
 
 
 def cells(arm: str, line: pd.Series) -> list[str]:
@@ -116,12 +123,11 @@ def page(table: pd.DataFrame, name: str) -> str:
     lines = compare(table)
     header = ['attention', 'n', 'top-1 (%)', 'against plain [95 %]', 'p', 'parameters', 'training images/s']
     rows = [header, ['---', *['---:'] * 6], *(cells(arm, lines.loc[arm]) for arm in ARMS)]
-    said = [verdict(arm, line) for arm, line in lines.iterrows() if pd.notna(line.get('difference'))]
     values = {column: ', '.join(map(str, table[column].unique())) for column in table}
     parts = [
         INTRO.format(name=name, power=power(lines), **values),
         '\n'.join(f'| {" | ".join(row)} |' for row in rows),
-        '\n'.join(f'- {sentence}' for sentence in said),
+        verdict(lines),
         f'![Accuracy against parameters and against training speed]({name}.png)',
         short_schedule()]
     return '\n\n'.join(part.strip() for part in parts if part) + '\n'
