@@ -159,6 +159,30 @@ def test_other_weights_are_refused_in_a_line(tmp_path, change, message):
     assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('size', [
+    dict(img_size=192), dict(img_size=(128, 256)), dict(img_size=256, window_size=8),
+    dict(img_size=192, dynamic_img_size=True)], ids=str)
+def test_pretrained_weights_fit_other_sizes_as_those_of_timms_swin_do(size):
+    plain = timm.create_model('swin_tiny_patch4_window7_224', **SMALL)
+    model = timm.create_model(NAME, **SMALL)
+    swin_state, state = plain.state_dict(), model.state_dict()
+    tables = [k for k in state if k.endswith('relative_position_bias_table')]
+    assert len(tables) == 2
+    for k in tables:
+        swin_state[k] = state[k] = torch.randn_like(state[k])
+
+    def load(name, state_dict):
+        return timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay={'state_dict': state_dict}, **SMALL, **size).eval()
+
+    expected, found = load('swin_tiny_patch4_window7_224', swin_state), load(NAME, state)
+    for k in tables:
+        assert found.state_dict()[k].shape != state[k].shape
+        assert torch.equal(found.state_dict()[k], expected.state_dict()[k])
+    height, width = (size['img_size'],) * 2 if isinstance(size['img_size'], int) else size['img_size']
+    assert found(torch.randn(1, 3, height, width)).isfinite().all()
+
+
 def test_pretrained_says_where_the_authors_keep_their_weights():
     with pytest.raises(RuntimeError, match=r'Google Drive and Baidu, linked from .*damo-cv/ELSA; `timm-ela convert`'):
         timm.create_model(NAME, pretrained=True)

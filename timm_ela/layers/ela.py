@@ -142,8 +142,9 @@ class EfficientLocalAttention(nn.Module):
 
     @torch.jit.ignore
     def _parts_are_unmodified(self) -> bool:
-        """True if conv and gn are unmodified: no hooks, no pruning (which is a hook), no wrappers."""
+        """True if conv and gn are unmodified: no hooks, no pruning (which is a hook), no wrappers, no offload."""
         return all(
             type(m).forward is made.forward
+            and 'forward' not in vars(m)  # accelerate's offload sets one
             and not (m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks)
             for m, made in ((self.conv, nn.Conv1d), (self.gn, nn.GroupNorm)))

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import torch
+from timm.layers import resize_rel_pos_bias_table
 from timm.models import SwinTransformer, build_model_with_cfg, clean_state_dict, named_apply
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import get_init_weights_vit
@@ -166,6 +167,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return state_dict
 
 
+def _fit(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """`checkpoint_filter_fn`, after position biases of another window are resized, as in timm's Swin."""
+    state_dict, own = rename_state_dict(state_dict, model), model.state_dict()
+    for k, v in state_dict.items():
+        if k.endswith('.relative_position_bias_table') and k in own:
+            window, shape = model.get_submodule(k.rpartition('.')[0]).window_size, own[k].shape
+            if v.shape != shape or window[0] != window[1]:
+                state_dict[k] = resize_rel_pos_bias_table(v, window, shape)
+    return checkpoint_filter_fn(state_dict, model)
+
+
 def _create_elsa_swin(model: Model, pretrained: bool = False, **kwargs) -> ElsaSwinTransformer:
     differences = _ELSA_SWINS[model.name][1]
     out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs.get('depths', (2, 2, 6, 2))))))
@@ -173,7 +185,7 @@ def _create_elsa_swin(model: Model, pretrained: bool = False, **kwargs) -> ElsaS
         ElsaSwinTransformer,
         model.name,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=_fit,
         feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
         **{**differences, **kwargs},
     )
