@@ -55,8 +55,8 @@ def test_a_folder_given_as_a_model_gets_a_hint(tmp_path, monkeypatch, image):
     ({'channel': 512}, 'Stage 1 has channels 0 to 63, got 512'),
     ({'model_name': 'resnet18_ela_x'}, 'Unknown model'),
     ({'stages': [7]}, 'no ELA in stage 7'),
-    ({'output': 'out.xyz'}, "'xyz' is not supported"),
-    ({'output': 'no_such_folder/out.png'}, 'no_such_folder'),
+    ({'output': 'out.xyz'}, "'xyz' is not supported, only .*png"),
+    ({'output': 'no_such_folder/out.png'}, 'no folder no_such_folder to write out.png'),
 ])
 def test_a_failure_writes_nothing(tmp_path, monkeypatch, image, kwargs, error):
     monkeypatch.chdir(tmp_path)
@@ -66,6 +66,23 @@ def test_a_failure_writes_nothing(tmp_path, monkeypatch, image, kwargs, error):
         plot_file(**kwargs)
     assert '\n' not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ['in.png']
+
+
+@pytest.mark.parametrize('kwargs', [
+    {'output': 'out.xyz'}, {'output': 'no_such_folder/out.png'}, {'stages': [7]}], ids=str)
+def test_what_can_be_refused_is_refused_before_a_download(tmp_path, monkeypatch, image, kwargs):
+    monkeypatch.chdir(tmp_path)
+    image.save('in.png')
+    made = []
+
+    def create_model(*args, **kwargs):
+        made.append(kwargs)
+        return timm.create_model(*args, **kwargs)
+
+    monkeypatch.setattr(plot_module, 'create_model', create_model)
+    with pytest.raises((ValueError, OSError)):
+        plot_file(**{'image': 'in.png', 'model_name': 'resnet18_ela_t', 'output': 'out.png', **kwargs})
+    assert all(kw == {'device': 'meta'} for kw in made)
 
 
 def test_a_failed_run_keeps_the_older_file(tmp_path, image):

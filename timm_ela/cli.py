@@ -68,9 +68,9 @@ def _convert(args: argparse.Namespace) -> None:
     out_dir = convert_checkpoint(
         args.source, args.model, args.out_dir, tag=args.tag, ema=args.ema, class_names=args.class_names,
         license=args.license, force=args.force)
-    num_classes = json.loads((out_dir / 'config.json').read_text())['num_classes']
-    print(f'Wrote {out_dir}. Train it with: '
-          f'{start_command(args.model, num_classes, out_dir / "model.safetensors")}')
+    config = json.loads((out_dir / 'config.json').read_text())
+    print(f'Wrote {out_dir}. Train it with: ' + start_command(
+        args.model, config['num_classes'], out_dir / 'model.safetensors', config['model_args']))
 
 
 def _export_options(args: argparse.Namespace) -> dict:

@@ -60,11 +60,11 @@ def _arch(model: nn.Module) -> str:
     return getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
 
 
-def _stages(model: nn.Module) -> dict[int, str]:
-    """Names the last ELA module of each stage. Stage i ends at entry i of timm's `feature_info`.
+def _stages(model: nn.Module, wanted: Sequence[int] | None = None) -> dict[int, str]:
+    """Names the last ELA module of each stage, or of those wanted. Stage i ends at entry i of timm's `feature_info`.
 
     Raises:
-        ValueError: If the model has no ELA module.
+        ValueError: If the model has no ELA module, or none in a stage that is wanted.
     """
     names = [name for name, _ in model.named_modules()]
     features = [info['module'] for info in getattr(model, 'feature_info', ())]
@@ -72,7 +72,10 @@ def _stages(model: nn.Module) -> dict[int, str]:
     ela = [(i, n) for i, (n, m) in enumerate(model.named_modules()) if isinstance(m, EfficientLocalAttention)]
     if not ela:
         raise ValueError(f"{_arch(model)} has no ELA module to plot: give an ELA model, such as 'resnet50_ela_b'.")
-    return {sum(end < i for end in ends): n for i, n in ela}
+    stages = {sum(end < i for end in ends): n for i, n in ela}
+    if unknown := [stage for stage in wanted or () if stage not in stages]:
+        raise ValueError(f'{_arch(model)} has no ELA in stage {unknown[0]}, only in {", ".join(map(str, stages))}.')
+    return {stage: stages[stage] for stage in wanted or stages}
 
 
 def _forward(model: nn.Module, x: Tensor, attention: Iterable[nn.Module]) -> tuple[Any, dict]:
@@ -240,17 +243,14 @@ def plot_attention(
             the wrong length.
     """
     figure_class()
-    names = _stages(model)
-    stages = list(stages or names)
-    if unknown := [stage for stage in stages if stage not in names]:
-        raise ValueError(f'{_arch(model)} has no ELA in stage {unknown[0]}, only in {", ".join(map(str, names))}.')
+    names = _stages(model, stages)
     classes = getattr(model, 'num_classes', 0)  # none in a model that gives features
     labels = _class_names(classes, getattr(model, 'pretrained_cfg', {}), class_names) if classes else []
 
     x, picture = _prepare(image, model)
-    attention = [model.get_submodule(names[stage]) for stage in stages]
+    attention = [model.get_submodule(name) for name in names.values()]
     output, gates = _forward(model, x, attention)
-    panels = [_make_panel(stage, gates[m], channel) for stage, m in zip(stages, attention, strict=True)]
+    panels = [_make_panel(stage, gates[m], channel) for stage, m in zip(names, attention, strict=True)]
     return _draw(_arch(model), picture, _class_lines(output, labels, topk) if classes else [], panels)
 
 
@@ -297,18 +297,23 @@ def plot_file(
         RuntimeError: If timm does not know the model or has no weights for it.
         ValueError: As in `plot_attention`, if the output's suffix is not an image format, or if model_name is a folder.
     """
-    figure_class()
-    opened = _open_image(image)  # this and what follows: before a download
+    output = Path(output)
+    kind, kinds = output.suffix[1:].lower() or 'png', figure_class()().canvas.get_supported_filetypes()
+    if kind not in kinds:  # this and what follows: before a download
+        raise ValueError(f'{str(output)!r}: format {kind!r} is not supported, only {", ".join(sorted(kinds))}.')
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f'There is no folder {output.parent} to write {output.name} into.')
+    opened = _open_image(image)
     source = parse_model_name(model_name)[0]
     if source is None and is_model(get_arch_name(model_name)):
-        _stages(create_model(model_name, device='meta'))  # raises for a model without ELA
+        _stages(create_model(model_name, device='meta'), stages)  # raises for a model without ELA
     elif source is None and Path(model_name).is_dir():
         raise ValueError(f'{model_name!r} is a folder, not a model name: give local-dir:{model_name}.')
     model = create_model(model_name, pretrained=pretrained or source is not None)
     rendered = BytesIO()
     figure = plot_attention(opened, model, stages, topk, channel=channel)
-    figure.savefig(rendered, format=Path(output).suffix[1:] or 'png', dpi=150)
-    _write(Path(output), rendered.getvalue())
+    figure.savefig(rendered, format=kind, dpi=150)
+    _write(output, rendered.getvalue())
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -1,6 +1,7 @@
 """A run of train.py or a plain checkpoint -> a folder -> `timm.create_model('local-dir:FOLDER', pretrained=True)`."""
 import json
 import os
+import re
 import shlex
 import sys
 from argparse import Namespace
@@ -179,12 +180,12 @@ def test_the_card_is_a_valid_model_card_with_recipe_and_versions(exported):
 
 # What says where a run ran, what it logged and saved, or what it was called, not how it trained.
 NOT_RECIPE = {
-    'data', 'data_dir', 'class_map', 'dataset_download', 'dataset_trust_remote_code', 'input_key', 'target_key',
-    'val_num_samples', 'resume', 'no_resume_opt', 'start_epoch', 'device', 'device_modules', 'local_rank', 'no_ddp_bb',
-    'dist_bn', 'synchronize_step', 'fuser', 'grad_checkpointing', 'torchscript', 'torchcompile', 'torchcompile_mode',
-    'model_ema_force_cpu', 'workers', 'worker_seeding', 'pin_mem', 'no_prefetcher', 'use_multi_epochs_loader',
-    'validation_batch_size', 'log_interval', 'val_interval', 'recovery_interval', 'checkpoint_hist', 'save_images',
-    'output', 'experiment', 'eval_metric', 'tta', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id', 'help',
+    'data', 'data_dir', 'dataset_download', 'dataset_trust_remote_code', 'val_num_samples', 'resume', 'no_resume_opt',
+    'start_epoch', 'device', 'device_modules', 'local_rank', 'no_ddp_bb', 'dist_bn', 'synchronize_step', 'fuser',
+    'grad_checkpointing', 'torchscript', 'torchcompile', 'torchcompile_mode', 'model_ema_force_cpu', 'workers',
+    'worker_seeding', 'pin_mem', 'no_prefetcher', 'use_multi_epochs_loader', 'validation_batch_size', 'log_interval',
+    'val_interval', 'recovery_interval', 'checkpoint_hist', 'save_images', 'output', 'experiment', 'eval_metric', 'tta',
+    'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id', 'help',
 }
 
 
@@ -217,6 +218,7 @@ def read_recipe(parser, run):
     {'mean': [0.5, 0.5, 0.5], 'scale': [0.5, 1.0], 'opt_betas': [0.9, 0.95], 'model_kwargs': {'act_layer': 'silu'}},
     {'cutmix': 1.0, 'mixup_prob': 0.5, 'mixup_off_epoch': 5},
     {'train_img_sizes': [96, 128], 'train_size_schedule': 'progressive', 'train_size_random_mix': 0.0},
+    {'train_interpolation': '', 'val_split': '', 'class_map': 'names.txt'},
     {'sched': 'step', 'decay_epochs': 2.4, 'decay_rate': 0.97}, {'lr_cycle_limit': 3, 'lr_cycle_decay': 0.7},
 ], ids=str)
 def test_the_recipe_is_what_train_py_would_read_as_this_run(train_parser, args):
@@ -243,6 +245,44 @@ def test_no_argument_of_train_py_that_changes_the_training_is_missing_in_the_rec
         if name not in NOT_RECIPE and read_recipe(train_parser, run)[name] != value:
             missing.add(name)
     assert missing == set()
+
+
+def test_the_recipe_tells_no_path_of_the_machine(exported, monkeypatch):
+    folder = exported()
+    text = run_card(untrained(), TrainRun(TRAIN_ARGS | {
+        'model': f'local-dir:{folder}', 'class_map': '/my/names.txt', 'initial_checkpoint': '/my/last.pth.tar'},
+        {}, False, 1, TRAINED), None)
+    assert str(folder.parent) not in text and '/my' not in text
+    assert f'--model local-dir:{folder.name} ' in text
+    assert text.count('--class-map names.txt') == 2 and '--initial-checkpoint last.pth.tar' in text
+
+
+@pytest.mark.parametrize('args, words', [
+    ({}, ''), ({'input_size': [3, 64, 64]}, ''),
+    ({'in_chans': 1, 'mean': [0.5], 'std': [0.25]}, '--in-chans 1'), ({'input_size': [1, 64, 64]}, '--in-chans 1'),
+    ({'class_map': '/my/names.txt'}, '--class-map names.txt'),
+    ({'dataset': 'hfds/a/b', 'input_key': 'img', 'target_key': 'label'},
+     '--dataset hfds/a/b --input-key img --target-key label'),
+    ({'val_num_samples': 50, 'model_dtype': 'bfloat16', 'fast_norm': True},
+     '--num-samples 50 --model-dtype bfloat16 --fast-norm'),
+    ({'amp': True, 'amp_dtype': 'bfloat16'}, '--amp --amp-dtype bfloat16'),
+], ids=str)
+def test_the_command_in_a_card_measures_what_train_py_measured(args, words):
+    model = timm.create_model(MODEL, in_chans=1 if '--in-chans' in words else 3)
+    text = run_card(model, TrainRun(TRAIN_ARGS | args, {}, False, 1, TRAINED), None)
+    [command] = re.findall(r'^validate\.py (.*)$', text, re.MULTILINE)
+    assert command == ' '.join(filter(None, [
+        '--data-dir DATA', words, '--split validation --model hf-hub:OWNER/NAME --pretrained']))
+
+
+def test_a_second_stage_keeps_the_licence_of_the_folder_that_it_began_with(new_model, write_run, tmp_path):
+    first = export_run(write_run(new_model()), tmp_path / 'first', license='mit')
+    (tmp_path / 'run').rename(tmp_path / 'earlier')
+    for start, license in (({}, 'mit'), ({'initial_checkpoint': '/my/other.pth'}, None)):
+        run = write_run(new_model(), model=f'local-dir:{first}', pretrained=True, **start)
+        second = export_run(run, tmp_path / f'second{license}')
+        assert (card(second).data.license, card(second).data.base_model) == (license, None)
+        run.rename(tmp_path / f'run{license}')
 
 
 def test_the_card_names_the_paper_of_the_models_own_attention(exported):
@@ -335,8 +375,36 @@ def test_a_plain_checkpoint_becomes_an_ela_checkpoint_that_computes_the_same(new
     fresh = timm.create_model(MODEL, num_classes=7)  # as `train.py --initial-checkpoint` loads it
     load_checkpoint(fresh, folder / 'model.safetensors', strict=True)
     assert have_equal_weights(fresh, model)
+    assert not {'label_descriptions', 'license', 'paper_ids', 'paper_name'} & model.pretrained_cfg.keys()
     if 'tar' in name:
         assert tuple(model.pretrained_cfg['input_size']) == (3, 96, 96) and model.pretrained_cfg['mean'][0] == 0.5
+
+
+def test_a_converted_run_is_tested_at_the_size_of_the_run_and_another_checkpoint_as_the_model_is(new_model, tmp_path):
+    plain, size = new_model('resnet18'), {}
+    for name, args in (('run', {'args': Namespace(model='resnet18', img_size=None, model_kwargs={})}), ('weights', {})):
+        torch.save({'state_dict': plain.state_dict(), **args}, tmp_path / f'{name}.pth')
+        model = load(convert_checkpoint(tmp_path / f'{name}.pth', 'resnet18_ela_b', tmp_path / name))
+        size[name] = resolve_model_data_config(model, use_test_size=True)['input_size']
+    assert size == {'run': (3, 224, 224), 'weights': (3, 288, 288)}
+
+
+@pytest.mark.parametrize('kwargs, words', [
+    ({}, ''), ({'in_chans': 1}, '--in-chans 1'), ({'global_pool': 'max'}, '--gp max'),
+    ({'act_layer': 'silu', 'bn_eps': 0.1}, '--bn-eps 0.1 --model-kwargs act_layer=silu'),
+], ids=str)
+def test_the_command_in_the_card_builds_the_model_that_was_written(new_model, tmp_path, kwargs, words):
+    args = {'gp': kwargs.get('global_pool'), 'bn_eps': kwargs.get('bn_eps'), 'model_kwargs': {
+        k: v for k, v in kwargs.items() if k == 'act_layer'}}
+    torch.save({'state_dict': new_model(PLAIN, **kwargs).state_dict(), 'args': Namespace(model=PLAIN, **args)},
+               tmp_path / 'plain.pth.tar')
+    folder = convert_checkpoint(tmp_path / 'plain.pth.tar', MODEL, tmp_path / 'out')
+    assert ' '.join(filter(None, [
+        f'train.py --model {MODEL} --num-classes 7', words, '--initial-checkpoint model.safetensors ...',
+    ])) in card(folder).text
+    fresh = timm.create_model(MODEL, num_classes=7, **kwargs)
+    load_checkpoint(fresh, folder / 'model.safetensors', strict=True)
+    assert give_equal_logits(fresh, load(folder))
 
 
 def test_a_checkpoint_without_a_classifier_becomes_a_model_without_one(new_model, tmp_path, caplog):

@@ -180,6 +180,8 @@ def test_it_says_what_it_cannot_be():
         EnhancedLocalSelfAttention(24, 3, 4)
     with pytest.raises(ValueError, match='multiple of num_heads=5, got 24'):
         EnhancedLocalSelfAttention(24, 5)
+    with pytest.raises(ValueError, match=r'integer lam, got 0\.5'):
+        EnhancedLocalSelfAttention(24, 3, lam=0.5)
 
 
 def test_dropout_is_of_the_attention_and_of_the_output():

@@ -2,6 +2,7 @@
 import platform
 import shlex
 import textwrap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import huggingface_hub
 import timm
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import get_model_args
 from torch import nn
 
 from .. import __version__
@@ -19,18 +21,23 @@ INSTALL = 'pip install git+https://github.com/timm-ela/timm_ela'  # the address 
 PLACEHOLDER = 'hf-hub:OWNER/NAME'  # of a card's repository, until a push knows it
 # The arguments in args.yaml that say how a run was trained; paths, what is logged and where it ran are left out.
 _RECIPE = (
-    'dataset', 'train_split', 'val_split', 'train_num_samples', 'model', 'model_kwargs', 'bn_eps', 'bn_momentum',
-    'sync_bn', 'split_bn', 'pretrained', 'num_classes', 'img_size', 'input_size', 'in_chans', 'input_img_mode', 'mean',
-    'std', 'crop_pct', 'interpolation', 'gp', 'fast_norm', 'model_dtype', 'train_img_sizes', 'naflex_loader', 'epochs',
-    'epoch_repeats', 'batch_size', 'grad_accum_steps', 'opt', 'opt_kwargs', 'opt_betas', 'opt_eps', 'momentum', 'lr',
-    'sched', 'sched_on_updates', 'lr_cycle_limit', 'lr_k_decay', 'lr_noise', 'warmup_epochs', 'warmup_lr',
-    'warmup_prefix', 'min_lr', 'cooldown_epochs', 'weight_decay', 'clip_grad', 'layer_decay', 'head_init_scale',
-    'head_init_bias', 'drop', 'drop_connect', 'drop_path', 'drop_block', 'smoothing', 'bce_loss', 'jsd_loss',
-    'aug_repeats', 'aug_splits', 'mixup', 'cutmix', 'cutmix_minmax', 'kd_model_name', 'amp', 'channels_last',
-    'model_ema', 'seed',
+    'dataset', 'class_map', 'input_key', 'target_key', 'train_split', 'val_split', 'train_num_samples', 'model',
+    'model_kwargs', 'bn_eps', 'bn_momentum', 'sync_bn', 'split_bn', 'pretrained', 'num_classes', 'img_size',
+    'input_size', 'in_chans', 'input_img_mode', 'mean', 'std', 'crop_pct', 'interpolation', 'gp', 'fast_norm',
+    'model_dtype', 'train_img_sizes', 'naflex_loader', 'epochs', 'epoch_repeats', 'batch_size', 'grad_accum_steps',
+    'opt', 'opt_kwargs', 'opt_betas', 'opt_eps', 'momentum', 'lr', 'sched', 'sched_on_updates', 'lr_cycle_limit',
+    'lr_k_decay', 'lr_noise', 'warmup_epochs', 'warmup_lr', 'warmup_prefix', 'min_lr', 'cooldown_epochs',
+    'weight_decay', 'clip_grad', 'layer_decay', 'head_init_scale', 'head_init_bias', 'drop', 'drop_connect',
+    'drop_path', 'drop_block', 'smoothing', 'bce_loss', 'jsd_loss', 'aug_repeats', 'aug_splits', 'mixup', 'cutmix',
+    'cutmix_minmax', 'kd_model_name', 'amp', 'channels_last', 'model_ema', 'seed', 'pretrained_path',
+    'initial_checkpoint',
 )
-# Values with which an argument changes nothing: it is left out.
-_NEUTRAL = {'epoch_repeats': 0, 'lr_cycle_limit': 1, 'lr_k_decay': 1, 'aug_repeats': 0, 'aug_splits': 0}
+# Values with which an argument changes nothing: it is left out. Unless it says otherwise, an empty text is one.
+_NEUTRAL = {
+    'epoch_repeats': 0, 'lr_cycle_limit': 1, 'lr_k_decay': 1, 'aug_repeats': 0, 'aug_splits': 0,
+    'train_split': None, 'val_split': None, 'train_interpolation': None,
+}
+_LOCAL = 'local-dir:'
 # Arguments that count only with another one, or only without it.
 _MIX = ('mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch')
 _RECIPE_WITH: dict[str, tuple[str, ...]] = {
@@ -102,6 +109,25 @@ def _license(model: nn.Module) -> str:
     return f'Licence: {model.pretrained_cfg.get("license") or "not stated"}.'
 
 
+def _words(args: dict[str, Any], keys: Iterable[str]) -> list[str]:
+    """Options of a command line, each with its values. Of a path, the name alone is told."""
+    words = []
+    for key in dict.fromkeys(keys):
+        value: Any = args.get(key)
+        # a zero counts, where it is not neutral: it may differ from the default
+        if value is None or value is False or value in ([], {}) or value == _NEUTRAL.get(key, ''):
+            continue
+        if isinstance(value, dict):
+            value = [f'{k}={v}' for k, v in value.items()]
+        if key in ('class_map', 'pretrained_path', 'initial_checkpoint'):
+            value = Path(value).name
+        elif key == 'model' and value.startswith(_LOCAL):
+            value = _LOCAL + Path(value.removeprefix(_LOCAL)).name
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words.append(' '.join([f'--{key.replace("_", "-")}', *(shlex.quote(str(v)) for v in values)]))
+    return words
+
+
 def _command(args: dict[str, Any]) -> str:
     """Returns the train.py command line of a run."""
     keys = list(_RECIPE)
@@ -109,19 +135,7 @@ def _command(args: dict[str, Any]) -> str:
     keys += [k for flag, more in _RECIPE_WITHOUT.items() for k in (more if not args.get(flag) else (flag,))]
     keys += _RECIPE_OF_SCHED.get(args.get('sched'), ())
     keys += ('lr_cycle_mul', 'lr_cycle_decay') if args.get('lr_cycle_limit', 1) != 1 else ()
-    words = ['train.py', '--data-dir DATA']
-    for key in dict.fromkeys(keys):
-        value = args.get(key)
-        # a zero counts, where it is not neutral: it may differ from the default
-        if value is None or value is False or value in ('', [], {}) or value == _NEUTRAL.get(key):
-            continue
-        if isinstance(value, dict):
-            value = [f'{k}={v}' for k, v in value.items()]
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        words.append(' '.join([f'--{key.replace("_", "-")}', *(shlex.quote(str(v)) for v in values)]))
-    for key in ('pretrained_path', 'initial_checkpoint'):
-        if args.get(key):
-            words.append(f'--{key.replace("_", "-")} {shlex.quote(Path(args[key]).name)}')
+    words = ['train.py', '--data-dir DATA', *_words(args, keys)]
     text = ' '.join(word.replace(' ', '\xa0') for word in words)  # keeps an argument and its values in one line
     lines = textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False, subsequent_indent='    ')
     return lines.replace('\n', ' \\\n').replace('\xa0', ' ')
@@ -129,26 +143,35 @@ def _command(args: dict[str, Any]) -> str:
 
 def _validate_command(run: TrainRun) -> str:
     """Returns the validate.py command line that measures the card's numbers."""
-    words = ['validate.py', '--data-dir DATA']
-    if run.args.get('dataset'):
-        words.append(f'--dataset {shlex.quote(run.args["dataset"])}')
-    if run.args.get('amp'):
-        words.append('--amp')
-        if run.args.get('amp_dtype'):
-            words.append(f'--amp-dtype {run.args["amp_dtype"]}')
-    return ' '.join([*words, f'--split {run.val_split}', f'--model {PLACEHOLDER}', '--pretrained'])
+    args = {**run.args, 'num_samples': run.args.get('val_num_samples')}
+    # the model's config says the rest, but validate.py takes 3 channels whatever it says
+    args['in_chans'] = args.get('in_chans') or (args.get('input_size') or [None])[0]
+    if args['in_chans'] == 3:
+        del args['in_chans']
+    keys = ['dataset', 'class_map', 'input_key', 'target_key', 'input_img_mode', 'num_samples', 'in_chans',
+            'model_dtype', 'fast_norm', 'amp', *_RECIPE_WITH['amp'][:bool(args.get('amp'))]]
+    return ' '.join([
+        'validate.py --data-dir DATA', *_words(args, keys), f'--split {run.val_split}', f'--model {PLACEHOLDER}',
+        '--pretrained'])
 
 
-def start_command(arch: str, num_classes: int, weights: str | Path) -> str:
+def start_command(arch: str, num_classes: int, weights: str | Path, model_args: Mapping[str, Any]) -> str:
     """Returns the train.py command line that begins with converted weights.
 
     Args:
         arch: Name of the model.
         num_classes: Classes of the weights, 0 if they have no classifier.
         weights: File of the weights.
+        model_args: What else the model was made with, as timm's `get_model_args` or a config.json gives it.
     """
+    names = {'in_chans': 'in_chans', 'global_pool': 'gp', 'bn_eps': 'bn_eps', 'bn_momentum': 'bn_momentum'}
+    defaults = {'in_chans': 3, 'global_pool': 'avg', 'num_classes': num_classes}
+    changed = {k: v for k, v in model_args.items() if v is not None and v != defaults.get(k)}
+    options = {names[k]: v for k, v in changed.items() if k in names}
+    options['model_kwargs'] = {k: v for k, v in changed.items() if k not in names}
     start = '--initial-checkpoint' if num_classes else '--pretrained --pretrained-path'
-    return f'train.py --model {arch} --num-classes {num_classes or "N"} {start} {weights} ...'
+    begin = f'train.py --model {arch} --num-classes {num_classes or "N"}'
+    return ' '.join([begin, *_words(options, options), f'{start} {weights} ...'])
 
 
 def run_card(model: nn.Module, run: TrainRun, base_model: str | None) -> str:
@@ -220,7 +243,7 @@ def converted_card(model: nn.Module, source: str, grafted: bool) -> str:
         f'`{row.name}` ([{row.layer.title}]({row.layer.paper.url})) with the weights of `{source}`, {what} '
         f'{_license(model)}',
         '## Train',
-        f'```bash\n{start_command(row.name, model.num_classes, "model.safetensors")}\n```',
+        f'```bash\n{start_command(row.name, model.num_classes, "model.safetensors", get_model_args(model))}\n```',
         _usage(row),
         citation(row),
     )

@@ -22,7 +22,8 @@ _logger = logging.getLogger(__name__)
 FILES = ('model.safetensors', 'config.json', 'README.md')  # all that a folder holds and a push uploads
 _UNFINISHED = '.timm-ela-unfinished'  # a folder in out_dir while it is written
 # Settings of the weights that a run began with. train.py measures at the training size.
-_STALE = ('label_names', 'label_descriptions', 'test_input_size', 'test_crop_pct', 'test_pool_size')
+_LABELS = ('label_names', 'label_descriptions')
+_STALE = (*_LABELS, 'test_input_size', 'test_crop_pct', 'test_pool_size')
 _OF_SOURCE = ('license', 'origin_url', 'paper_ids', 'paper_name', 'description')
 
 
@@ -141,8 +142,8 @@ def _class_names(args: dict[str, Any], model: nn.Module, file: str | Path | None
     found = read_class_names(args)  # walks the data folder
     if len(found) == model.num_classes:
         return found
-    _logger.warning('No class names are written: neither the class map nor the data folder of the run gives '
-                    f'{model.num_classes} of them. --class-names FILE does.')
+    why = f': neither the class map nor the data folder of the run gives {model.num_classes} of them' if args else ''
+    _logger.warning(f'No class names are written{why}. --class-names FILE gives them.')
     return None
 
 
@@ -222,13 +223,13 @@ def export_run(
         if cfg['architecture'] not in MODELS:
             _logger.warning(f'{name} is a model of timm, not one of timm_ela: written all the same.')
         other_start = run.args.get('pretrained_path') or run.args.get('initial_checkpoint')
-        from_hub = bool(run.args.get('pretrained') and not other_start and cfg.get('hf_hub_id'))
-        for key in _STALE if from_hub else _STALE + _OF_SOURCE:
+        from_cfg = bool(run.args.get('pretrained') and not other_start)  # the run began with the weights of cfg
+        for key in _STALE if from_cfg else _STALE + _OF_SOURCE:
             cfg.pop(key, None)
         if license:
             cfg['license'] = license
         names = _class_names(run.args, model, class_names)
-        card = run_card(model, run, cfg['hf_hub_id'].partition('@')[0] if from_hub else None)
+        card = run_card(model, run, (cfg.get('hf_hub_id') or '').partition('@')[0] or None if from_cfg else None)
         _write(folder, model, run.args, tag or run.dataset.lower().replace(' ', '_'), names, card)
     return out_dir
 
@@ -289,7 +290,7 @@ def convert_checkpoint(
         _load(model, complete)
 
         cfg = model.pretrained_cfg
-        for key in ('license', 'origin_url', 'paper_ids', 'label_names'):  # the default tag's, not this checkpoint's
+        for key in _STALE + _OF_SOURCE if args else _LABELS + _OF_SOURCE:  # the default tag's, not this checkpoint's
             cfg.pop(key, None)
         if license:
             cfg['license'] = license

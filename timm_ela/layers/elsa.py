@@ -212,7 +212,7 @@ class EnhancedLocalSelfAttention(nn.Module):
             attn_drop: Dropout rate of h.
             proj_drop: Dropout rate of the output.
             group_width: Channels per group of the grouped convolution.
-            lam: Exponent of the ghost head's `mul`; 0 leaves it out.
+            lam: Exponent of the ghost head's `mul`, an integer; 0 leaves it out.
             gamma: Factor of the ghost head's `add`; 0 leaves it out.
             device: Device of the parameters.
             dtype: Dtype of the parameters.
@@ -223,6 +223,8 @@ class EnhancedLocalSelfAttention(nn.Module):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f'ELSA needs a positive odd kernel_size, got {kernel_size}.')
+        if lam % 1:
+            raise ValueError(f'ELSA needs an integer lam, got {lam}: other powers of negative numbers are NaN.')
         if dim % num_heads:
             raise ValueError(f'ELSA needs a dim that is a multiple of num_heads={num_heads}, got {dim}.')
         dd = {'device': device, 'dtype': dtype}
