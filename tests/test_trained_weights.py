@@ -38,7 +38,8 @@ def accuracy(folder: Path) -> float:
 def measured(folder: Path) -> list[float]:
     """Top-1 of the runs of this model with its seed and number of epochs, in the tables below weights_cards/studies."""
     tables = [pd.read_csv(path) for path in CARDS.glob('studies/**/*.csv')]
-    seed, epochs = (int(re.search(rf'--{key} (\d+)', card(folder))[1]) for key in ('seed', 'epochs'))
+    recipe = card(folder).partition('## Recipe')[2]
+    seed, epochs = (int(re.search(rf'--{key} (\d+)', recipe)[1]) for key in ('seed', 'epochs'))
     rows = pd.concat(tables).query('model == @folder.stem and seed == @seed and epochs == @epochs')
     return list(rows.top1)
 
