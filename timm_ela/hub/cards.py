@@ -141,15 +141,15 @@ def _command(args: dict[str, Any]) -> str:
     return lines.replace('\n', ' \\\n').replace('\xa0', ' ')
 
 
-def _validate_command(run: TrainRun) -> str:
-    """Returns the validate.py command line that measures the card's numbers."""
+def _validate_command(run: TrainRun, channels: int) -> str:
+    """Returns the validate.py command line that measures the card's numbers on inputs of so many channels."""
     args = {**run.args, 'num_samples': run.args.get('val_num_samples')}
     # the model's config says the rest, but validate.py takes 3 channels whatever it says
-    args['in_chans'] = args.get('in_chans') or (args.get('input_size') or [None])[0]
-    if args['in_chans'] == 3:
-        del args['in_chans']
+    args['in_chans'] = None if channels == 3 else channels
     keys = ['dataset', 'class_map', 'input_key', 'target_key', 'input_img_mode', 'num_samples', 'in_chans',
-            'model_dtype', 'fast_norm', 'amp', *_RECIPE_WITH['amp'][:bool(args.get('amp'))]]
+            'model_dtype', 'fast_norm', 'amp']
+    if args.get('amp'):
+        keys += _RECIPE_WITH['amp']
     return ' '.join([
         'validate.py --data-dir DATA', *_words(args, keys), f'--split {run.val_split}', f'--model {PLACEHOLDER}',
         '--pretrained'])
@@ -202,7 +202,8 @@ def run_card(model: nn.Module, run: TrainRun, base_model: str | None) -> str:
             ) for key, value in run.metrics.items()
         ] or None,
     )
-    size = ' x '.join(map(str, timm.data.resolve_input_data_config(model, args=run.args)['input_size'][1:]))
+    channels, *sides = timm.data.resolve_input_data_config(model, args=run.args)['input_size']
+    size, validate = ' x '.join(map(str, sides)), _validate_command(run, channels)
     measured = f'On the {run.val_split} split, after epoch {run.epoch} (the first is 0), at {size} pixels:'
     weights = 'the exponential moving average' if run.averaged else 'as trained'
     return card(
@@ -214,7 +215,7 @@ def run_card(model: nn.Module, run: TrainRun, base_model: str | None) -> str:
         '## Results',
         f'Weights: {weights}. {measured if run.metrics else "Their accuracy was not measured."}',
         '\n'.join(f'- {names[key]}: {value:.2f} %' for key, value in run.metrics.items()),
-        f'To measure it again (a local folder: `--model local-dir:FOLDER`):\n\n```bash\n{_validate_command(run)}\n```'
+        f'To measure it again (a local folder: `--model local-dir:FOLDER`):\n\n```bash\n{validate}\n```'
         if run.metrics else '',
         '## Recipe',
         f'```bash\n{_command(run.args)}\n```',

@@ -229,7 +229,8 @@ def export_run(
         if license:
             cfg['license'] = license
         names = _class_names(run.args, model, class_names)
-        card = run_card(model, run, (cfg.get('hf_hub_id') or '').partition('@')[0] or None if from_cfg else None)
+        base = cfg.get('hf_hub_id') if from_cfg else None
+        card = run_card(model, run, base.partition('@')[0] if base else None)
         _write(folder, model, run.args, tag or run.dataset.lower().replace(' ', '_'), names, card)
     return out_dir
 
