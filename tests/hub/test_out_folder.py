@@ -175,17 +175,20 @@ def test_a_file_that_appears_meanwhile_is_kept_and_named(train_run, tmp_path, mo
 
 
 INTERRUPTED = '''
-import os, sys
+import os, signal, sys
 from timm_ela.cli import main
 from timm_ela.hub import publish
 
-number, card = int(sys.argv.pop()), publish.run_card
+ignored, number, card = sys.argv.pop() == 'ignored', int(sys.argv.pop()), publish.run_card
 
 def run_card(*args):
     assert os.path.isdir(os.path.join(sys.argv[-1], publish._UNFINISHED))
     os.kill(os.getpid(), number)
     return card(*args)
 
+# Not as inherited: a shell starts a program in the background with signals ignored.
+default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+signal.signal(number, signal.SIG_IGN if ignored else default)
 publish.run_card = run_card
 main()
 '''
@@ -194,6 +197,12 @@ main()
 @pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda sent: sent.name)
 def test_a_signal_leaves_nothing_behind(train_run, tmp_path, sent):
     files = listing(tmp_path)
-    done = run_python(INTERRUPTED, 'export', train_run, tmp_path / 'out', int(sent), exit_code=2)
+    done = run_python(INTERRUPTED, 'export', train_run, tmp_path / 'out', int(sent), 'heeded', exit_code=2)
     assert done.stderr.splitlines()[-1] == 'timm-ela export: error: interrupted; nothing was written'
     assert listing(tmp_path) == files
+
+
+@pytest.mark.parametrize('sent', [signal.SIGINT, signal.SIGHUP], ids=lambda sent: sent.name)
+def test_a_signal_that_is_ignored_stays_ignored_as_nohup_asks(train_run, tmp_path, sent):
+    run_python(INTERRUPTED, 'export', train_run, tmp_path / 'out', int(sent), 'ignored')
+    assert set(listing(tmp_path / 'out')) == {*FILES}
