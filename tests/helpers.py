@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from statistics import median
 
 import timm
+import torch
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
@@ -90,6 +92,35 @@ def slot_widths(plain: nn.Module, slot: str = 'inner') -> list[int]:
 def attentions(model: nn.Module) -> dict[str, nn.Module]:
     """The attention layers of one of our models, by name."""
     return {f'{name}.se': block.se for name, block in slot_blocks(model).items()}
+
+
+OPTIMIZERS = {
+    'sgd': partial(torch.optim.SGD, lr=0.01, momentum=0.9), 'adamw': partial(torch.optim.AdamW, lr=1e-3)}
+# How far training from a graft may be from the plain model's: of each weight, of their median, and of the loss.
+STEP, MEDIAN_STEP, LOSS = 0.15, 0.02, 0.02
+
+
+def first_step(net: nn.Module, x: Tensor, y: Tensor, optimizer: str) -> tuple[float, dict[str, float]]:
+    """Loss before a step of training, and by how much, relatively, the step changes each convolution and the head."""
+    net.train()
+    before = {k: p.detach().clone() for k, p in net.named_parameters() if p.ndim > 1 and '.se.' not in k}
+    learner = OPTIMIZERS[optimizer](net.parameters())
+    torch.manual_seed(1)
+    loss = nn.functional.cross_entropy(net(x), y)
+    loss.backward()
+    learner.step()
+    after = dict(net.named_parameters())
+    return loss.item(), {k: ((after[k].detach() - v).norm() / v.norm()).item() for k, v in before.items()}
+
+
+def assert_same_first_step(model: nn.Module, plain: nn.Module, x: Tensor, y: Tensor, optimizer: str) -> None:
+    """Asserts that a step changes each convolution and the head of a model as it changes the plain model's."""
+    (loss, steps), (plain_loss, plain_steps) = (first_step(net, x, y, optimizer) for net in (model, plain))
+    assert abs(loss / plain_loss - 1) < LOSS
+    ratios = {k: steps[k] / v for k, v in plain_steps.items()}
+    assert len(ratios) > 20
+    assert not {k: v for k, v in ratios.items() if abs(v - 1) > STEP}
+    assert abs(median(ratios.values()) - 1) < MEDIAN_STEP
 
 
 class FullSize(TorchDispatchMode):

@@ -146,9 +146,10 @@ def test_train_grafts_a_plain_checkpoint(pictures, tmp_path):
         elif key.startswith('classifier.'):
             assert not torch.equal(value, plain[key])
         else:
-            follows_ela = key.endswith('conv_pwl.weight') and key.replace('conv_pwl', 'se.conv') in grafted
-            expected = torch.zeros_like(value) if '.se.gn.' in key else plain[key] * (4 if follows_ela else 1)
-            torch.testing.assert_close(value, expected, rtol=0, atol=1e-20, msg=key)
+            expected = torch.zeros_like(value) if '.se.gn.' in key else plain[key]
+            # the scale of a norm behind ELA makes up for its eps
+            rtol = 1e-3 if key.endswith('bn3.weight') else 0
+            torch.testing.assert_close(value, expected, rtol=rtol, atol=1e-20, msg=key)
 
 
 # -- validate.py, inference.py -----------------------------------------------------------------------------------------

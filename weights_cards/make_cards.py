@@ -74,8 +74,9 @@ def backbone_card(base: str) -> str:
         'torch\'s FlopCounterMode; products element by element are not counted. Strip Pooling adds about 7 C^2 '
         'parameters a block.',
         '## Weights',
-        'Each tag grafts the plain weights that timm publishes onto the model, which then computes exactly what the '
-        f'plain model does. The default is `{cfgs[0].tag}`.'
+        'Each tag grafts the plain weights that timm publishes onto the model, which then computes what the plain '
+        'model does (ResNets bit for bit, others up to rounding) and trains as it does. '
+        f'The default is `{cfgs[0].tag}`.'
         + (f' There are none for {" and ".join(without)}: these layers cannot be set to change nothing.'
            if without else ''),
         table(

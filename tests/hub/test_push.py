@@ -287,17 +287,21 @@ def test_a_push_whose_answer_is_lost_is_not_pushed_twice(hub, pusher, folder):
 
 # Grafted weights
 @pytest.mark.parametrize('plain, ela, tag', [('resnet18', 'resnet18_ela_b', 'a1_in1k'), (PLAIN, MODEL, 'lamb_in1k')])
-def test_timms_weights_graft_bit_for_bit(hub, client, plain_weights, tmp_path, plain, ela, tag):
+def test_timms_weights_graft_onto_the_same_function(hub, client, plain_weights, tmp_path, plain, ela, tag):
     hub.add_repo(f'timm/{plain}.{tag}', plain_weights(plain))
     assert client.run(f'''
+exact = {plain == 'resnet18'}
+def same(got, want):
+    return torch.equal(got, want) if exact else bool((got - want).abs().max() <= 1e-5 * want.abs().max())
+
 x, gray = torch.randn(2, 3, 96, 128), torch.randn(2, 1, 96, 128)
 plain, ela, tagged = pull('{plain}'), pull('{ela}'), pull('{ela}.graft_{tag}')
-result = {{'logits': torch.equal(plain(x), ela(x)), 'tag': torch.equal(plain(x), tagged(x))}}
+result = {{'logits': same(ela(x), plain(x)), 'tag': torch.equal(tagged(x), ela(x))}}
 plain, ela = pull('{plain}', num_classes=7), pull('{ela}', num_classes=7)
-result['num_classes'] = torch.equal(plain.forward_features(x), ela.forward_features(x)) and ela(x).shape == (2, 7)
-result['in_chans'] = torch.equal(pull('{plain}', in_chans=1)(gray), pull('{ela}', in_chans=1)(gray))
-features = pull('{plain}', features_only=True)(x), pull('{ela}', features_only=True)(x)
-result['features_only'] = len(features[0]) == 5 and all(map(torch.equal, *features))
+result['num_classes'] = same(ela.forward_features(x), plain.forward_features(x)) and ela(x).shape == (2, 7)
+result['in_chans'] = same(pull('{ela}', in_chans=1)(gray), pull('{plain}', in_chans=1)(gray))
+features = pull('{ela}', features_only=True)(x), pull('{plain}', features_only=True)(x)
+result['features_only'] = len(features[0]) == 5 and all(map(same, *features))
 ''', tmp_path) == dict.fromkeys(('logits', 'tag', 'num_classes', 'in_chans', 'features_only'), True)
     assert not [request for request in hub.requests if f'/timm/{plain}.{tag}/' not in request]
 

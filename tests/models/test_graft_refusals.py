@@ -1,13 +1,16 @@
 """What cannot be grafted is refused with the reason, and tags are there for what can."""
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import timm
+import torch
 from helpers import load, run_python, skeleton
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
 from timm_ela.layers.attn_layers import ATTN_LAYERS
+from timm_ela.layers.ela import EfficientLocalAttention
 from timm_ela.models.registry import MODELS
 
 # num_classes=7 and features_only: there timm's loader is not strict.
@@ -86,6 +89,41 @@ def test_a_head_may_be_missing_only_where_it_is_made_anew(name, attention):
         load(name, state_dict, device='meta', **kwargs)
     with pytest.raises(RuntimeError, match=r'Missing key.*(fc|classifier)\.weight'):
         load(name, state_dict, device='meta')
+
+
+class WithSkip(EfficientLocalAttention):
+    """ELA as the authors' DeepLab backbone has it."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'num_classes': 7}], ids=str)
+@pytest.mark.parametrize(('name', 'layer', 'found'), [
+    ('resnet18_ela_b', 'se', 'SEModule'), ('resnet50_ela_b', 'ela', 'EfficientLocalAttn'),
+    ('resnet18_se', 'ese', 'EffectiveSEModule'), ('resnet18_eca', EfficientLocalAttention, 'EfficientLocalAttention'),
+    ('resnet50_ela_b', WithSkip, 'WithSkip'), ('resnet18_ca', 'cbam', 'CbamModule')])
+def test_a_block_with_another_layer_than_the_models_is_refused(name, layer, found, kwargs):
+    state_dict = timm.create_model(MODELS[name].base).state_dict()
+    with pytest.raises(RuntimeError, match=fr'^Cannot graft onto {name}: layer1.0.se is {found}, which does not mult'):
+        load(name, state_dict, block_args={'attn_layer': layer}, **kwargs)
+
+
+@pytest.mark.parametrize(('name', 'layer'), [
+    ('resnet50_ela_b', partial(EfficientLocalAttention, variant='l', num_groups=8)), ('resnet18_eca', 'ceca')])
+def test_a_block_with_another_layer_of_the_same_neutral_point_is_grafted(name, layer):
+    source = timm.create_model(MODELS[name].base, zero_init_last=False).eval()
+    model = load(name, source.state_dict(), block_args={'attn_layer': layer}).eval()
+    x = torch.randn(2, 3, 64, 48)
+    assert torch.equal(model(x), source(x))
+
+
+@WAYS_TO_LOAD
+@pytest.mark.parametrize('base', ['resnet18', 'mobilenetv2_050'])
+def test_a_checkpoint_without_the_statistics_of_a_norm_is_refused(base, kwargs):
+    state_dict = {k: v for k, v in skeleton(base).state_dict().items() if 'running_' not in k}
+    with pytest.raises(RuntimeError, match=r"the checkpoint lacks \d+ weights, first 'bn1.running_mean'"):
+        load(f'{base}_ela_b', state_dict, device='meta', **kwargs)
 
 
 SETTINGS = ('mean', 'std', 'input_size', 'test_input_size', 'crop_pct', 'first_conv', 'classifier')

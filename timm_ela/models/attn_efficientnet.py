@@ -25,7 +25,7 @@ from timm.models._efficientnet_builder import (
 from torch import Tensor, nn
 
 from .efficientnet_layouts import rename_state_dict
-from .graft import graft
+from .graft import Slot, graft
 from .registry import MODELS, Model, make_default_cfgs, register_base_names, register_models, slot_models
 
 __all__: list[str] = []  # register_model adds each entry point
@@ -72,13 +72,13 @@ _BACKBONES = {  # by their plain timm model
     'tf_efficientnet_lite3': _Backbone(_LITE, 1.2, 1.4, True, _TF),
     'tf_efficientnet_lite4': _Backbone(_LITE, 1.4, 1.8, True, _TF),
 }
-_SCALED = {InvertedResidual: ('conv_pwl.weight',)}
+_SLOTS = {InvertedResidual: Slot('bn2', act='bn2.act', behind='bn3')}
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Renames a checkpoint of another repository, and grafts a plain model's weights; see `graft`."""
     layer = MODELS[model.pretrained_cfg['architecture']].layer
-    return graft(rename_state_dict(state_dict, model), model, layer, _SCALED)
+    return graft(rename_state_dict(state_dict, model), model, layer, _SLOTS)
 
 
 def _build(model_cls: type[nn.Module], attn_layer, block_args: list[list[dict[str, Any]]], **kwargs) -> nn.Module:

@@ -16,7 +16,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from .blocks import InnerAttnBottleneck
-from .graft import graft
+from .graft import Slot, graft
 from .registry import MODELS, Model, make_default_cfgs, register_models, slot_models
 
 __all__: list[str] = []  # register_model adds each entry point
@@ -31,10 +31,11 @@ _RESNETS: dict[str, tuple[dict[str, type[nn.Module]], tuple[int, ...]]] = {
     'resnet101': (_BOTTLENECK, (3, 4, 23, 3)),
     'resnet152': (_BOTTLENECK, (3, 8, 36, 3)),
 }
-_SCALED = {  # in a BasicBlock and in the output slot, the batch norm before the layer: no convolution follows it
-    InnerAttnBottleneck: ('conv3.weight',),
-    Bottleneck: ('bn3.weight', 'bn3.bias'),
-    BasicBlock: ('bn2.weight', 'bn2.bias'),
+_SLOTS = {
+    InnerAttnBottleneck: Slot('bn2', act='act2', behind='bn3'),
+    # no convolution follows the layer
+    Bottleneck: Slot('bn3'),
+    BasicBlock: Slot('bn2'),
 }
 
 
@@ -46,7 +47,7 @@ def rename_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str,
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Grafts a plain ResNet's weights onto the model; see `graft`."""
     layer = MODELS[model.pretrained_cfg['architecture']].layer
-    return graft(rename_state_dict(state_dict, model), model, layer, _SCALED)
+    return graft(rename_state_dict(state_dict, model), model, layer, _SLOTS)
 
 
 def _create_attn_resnet(

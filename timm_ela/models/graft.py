@@ -1,42 +1,57 @@
-"""Grafting: plain weights -> a model with attention that computes the same, to the bit.
+"""Grafting: plain weights -> a model with attention that computes the same, and trains as the plain model does.
 
-At its neutral point (see attn_layers.py) a layer multiplies its input by exactly 1 / factor. The weights that follow
-it, or those of the batch norm before it, are multiplied by the factor: that gives the plain network back, since the
-factor is a power of two. For the gates of ELA the point is sigmoid(0) = 1/2, where the sigmoid's slope is greatest.
+At its neutral point (see attn_layers.py) a layer multiplies its input by exactly 1 / factor. A batch norm beside it
+makes up for that. For the gates of ELA the point is sigmoid(0) = 1/2, where the sigmoid's slope is greatest.
+
+No convolution is scaled. A weight before a batch norm that is f times as large computes the same, but takes steps that
+are relatively f times smaller under Adam, and f squared times under SGD.
 """
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..layers.attn_layers import AttnLayer
 from .weights import difference
 
 _logger = logging.getLogger(__name__)
 
-# Class of a block -> its parameters that are multiplied by the factor. The first class that fits a block counts.
-Scaled = Mapping[type[nn.Module], tuple[str, ...]]
+
+class Slot(NamedTuple):
+    """The norms and the activation around a block's attention layer, by their names in the block."""
+
+    before: str  # norm whose output the layer gates
+    act: str = ''  # activation between that norm and the layer
+    behind: str = ''  # batch norm behind the convolution that follows the layer
 
 
-def graft(state_dict: dict[str, Tensor], model: nn.Module, layer: AttnLayer, scaled: Scaled) -> dict[str, Tensor]:
+def graft(
+        state_dict: dict[str, Tensor],
+        model: nn.Module,
+        layer: AttnLayer,
+        slots: Mapping[type[nn.Module], Slot],
+) -> dict[str, Tensor]:
     """Completes a plain model's state dict with attention weights that change nothing.
 
     Args:
         state_dict: Weights of the plain model, or of the model itself, in timm's names.
         model: Model of ours that will load them.
         layer: Attention layer of the model.
-        scaled: Parameters that take the factor, by the class of the block that holds the layer.
+        slots: Slot of the layer by the class of the block that holds it. The first class that fits a block counts.
 
     Returns:
         State dict of the model. One that has all attention weights already is returned as it is.
 
     Raises:
-        RuntimeError: If some of the attention weights are missing, if all are and the layer has no neutral point, or if
-            the weights are those of another architecture, also with timm's `pretrained_strict=False`.
+        RuntimeError: If some of the attention weights are missing; if all are and the layer has no neutral point, a
+            block holds another layer, or a norm that must take the factor cannot; or if the weights are those of
+            another architecture, also with timm's `pretrained_strict=False`.
     """
     arch = model.pretrained_cfg.get('architecture', type(model).__name__)
-    classes: Any = tuple(scaled)
+    classes: Any = tuple(slots)
     blocks = {
         f'{name}.': block for name, block in model.named_modules()
         if isinstance(block, classes) and not isinstance(block.se, nn.Identity | None)}
@@ -56,11 +71,56 @@ def graft(state_dict: dict[str, Tensor], model: nn.Module, layer: AttnLayer, sca
         raise RuntimeError(f'Cannot graft onto {arch}: {reason}; it must be one of the plain model.')
 
     grafted = dict(state_dict)
-    for k, v in own.items():
-        grafted[k] = v.new_zeros(v.shape) if k.partition('.se.')[2] in layer.neutral.zeroed else v.detach().clone()
     for name, block in blocks.items():
-        for k in next(parameters for cls, parameters in scaled.items() if isinstance(block, cls)):
-            grafted[name + k] = state_dict[name + k] * layer.neutral.factor
+        slot = next(slot for cls, slot in slots.items() if isinstance(block, cls))
+        try:
+            grafted |= _scaled(state_dict, name, block, slot, layer.neutral.factor)
+        except KeyError as error:
+            raise RuntimeError(
+                f'Cannot graft onto {arch}: it has no {error}, which must make up for the attention: its batch norms '
+                'need scale, shift and running statistics.') from None
+        neutral = {
+            k: v.new_zeros(v.shape) if k in layer.neutral.zeroed else v.detach().clone()
+            for k, v in block.se.state_dict().items()}
+        if not _is_neutral(block.se, neutral, block.get_submodule(slot.before).weight, layer.neutral.factor):
+            raise RuntimeError(
+                f'Cannot graft onto {arch}: {name}se is {type(block.se).__name__}, which does not multiply by '
+                f'1/{layer.neutral.factor} where {" and ".join(layer.neutral.zeroed)} are zero, as {layer.title} does.')
+        grafted |= {f'{name}se.{k}': v for k, v in neutral.items()}
     _logger.warning(
         f'Grafted plain weights onto {arch}: it computes what the plain model does, its attention is untrained.')
     return grafted
+
+
+def _is_neutral(attn: nn.Module, state: Mapping[str, Tensor], like: Tensor, factor: int) -> bool:
+    """True if the layer, with these weights, divides a map by the factor, to the bit: a user may have replaced it."""
+    if like.is_meta:
+        return True
+    x = torch.rand(2, len(like), 3, 5, dtype=like.dtype, device=like.device)
+    weights = {k: v.clone() for k, v in state.items()}  # a batch norm in training updates its statistics
+    with torch.no_grad():
+        return torch.equal(functional_call(attn, weights, (x.clone(),)) * factor, x)
+
+
+def _scaled(
+        state_dict: Mapping[str, Tensor],
+        name: str,
+        block: nn.Module,
+        slot: Slot,
+        factor: int,
+) -> dict[str, Tensor]:
+    """The weights of a block's norm that make up for a layer that multiplies by 1 / factor."""
+    if not slot.behind or isinstance(block.get_submodule(slot.act), nn.ReLU):
+        # ReLU passes a power of two on: equal to the bit
+        return {k: state_dict[k] * factor for k in (f'{name}{slot.before}.weight', f'{name}{slot.before}.bias')}
+    norm, eps = f'{name}{slot.behind}', block.get_submodule(slot.behind).eps
+    # small variances of float16 would lose bits
+    mean, var, weight = (
+        v.to(torch.promote_types(v.dtype, torch.float32))
+        for v in (state_dict[f'{norm}.{k}'] for k in ('running_mean', 'running_var', 'weight')))
+    return {
+        f'{norm}.running_mean': mean / factor,
+        f'{norm}.running_var': var / factor ** 2,
+        # 1 but for eps: in training the batch's own statistics undo the factor
+        f'{norm}.weight': weight * ((var + eps * factor ** 2) / (var + eps)).sqrt(),
+    }
