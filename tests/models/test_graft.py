@@ -27,7 +27,7 @@ BASES = (*BEFORE, *BEHIND)
 # A layer for each base, so that all kinds of layer come up where one is enough.
 FEW = [('resnet18', 'cbam'), ('resnet50', 'se'), ('mobilenetv2_050', 'ca'), ('tf_efficientnet_lite0', 'ela_b')]
 OUTPUT = {'attn_slot': 'output'}
-CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}  # relative, where the bits are not the same
+CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5}  # of logits, relative, where the bits are not the same
 
 
 @pytest.fixture(scope='module')
@@ -56,12 +56,13 @@ def zeroed(model, layer):
     return {f'{k}.{name}': m.get_parameter(name) for k, m in attentions(model).items() for name in names}
 
 
-def assert_same(got, want, exact):
+# Feature maps, and few logits, of random weights amplify rounding more: `times`.
+def assert_same(got, want, exact, times=1):
     assert want.isfinite().all() and want.std() > 0
     if exact:
         assert torch.equal(got, want)
     else:
-        assert (got - want).abs().max() <= CLOSE[want.dtype] * want.abs().max()
+        assert (got - want).abs().max() <= times * CLOSE[want.dtype] * want.abs().max()
 
 
 def assert_same_logits(model, plain, *images, exact):
@@ -70,6 +71,11 @@ def assert_same_logits(model, plain, *images, exact):
             logits = plain.eval()(x)
             assert (logits[0] - logits[1]).abs().max() > 1e-3
             assert_same(model.eval()(x), logits, exact)
+
+
+def assert_as_close_to(want, got, plain, exact):
+    """Asserts that logits are as close to those of float32 as the plain model's."""
+    assert torch.equal(got, plain) if exact else (got - want).abs().max() <= 2 * (plain - want).abs().max()
 
 
 def assert_trains_on_the_same_bits(source, model, layer, scaled, image):
@@ -178,9 +184,11 @@ def test_logits_are_the_same_in_half_precision_and_from_half_precision_files(pla
     state_dict = {k: v.half() if v.is_floating_point() else v for k, v in plain(base).state_dict().items()}
     source, model = load(base, state_dict), load(f'{base}_{layer}', state_dict)
     assert_same_logits(model, source, image, exact=exact)
-    with torch.autocast('cpu', torch.bfloat16):
-        assert_same_logits(model, source, image, exact=exact)
-    assert_same_logits(model.bfloat16(), source.bfloat16(), image.bfloat16(), exact=exact)
+    with torch.no_grad():
+        want = source.eval()(image)
+        with torch.autocast('cpu', torch.bfloat16):
+            assert_as_close_to(want, model.eval()(image), source(image), exact)
+        assert_as_close_to(want, model.bfloat16()(image.bfloat16()), source.bfloat16()(image.bfloat16()), exact)
 
 
 def test_another_norm_takes_the_factor_before_the_layer_and_is_refused_behind_it(image, randomize):
@@ -257,7 +265,7 @@ def test_features_are_the_plain_models(plain, image, base, layer, kwargs):
     source, model = (
         load(name, state_dict, features_only=True, **kwargs).eval() for name in (base, f'{base}_{layer}'))
     for got, want in zip(model(image), source(image), strict=True):
-        assert_same(got, want, exact=base in BEFORE)
+        assert_same(got, want, exact=base in BEFORE, times=5)
 
 
 def write_safetensors(folder, state_dict):
@@ -293,7 +301,8 @@ def test_plain_weights_load_from_a_folder(plain, image, tmp_path, base, layer):
     (tmp_path / 'config.json').write_text(json.dumps({
         'architecture': f'{base}_{layer}', 'num_classes': 7, 'pretrained_cfg': {**cfg, 'num_classes': 7}}))
     model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
-    assert_same_logits(model, source, image, exact=base in BEFORE)
+    with torch.no_grad():
+        assert_same(model.eval()(image), source(image), exact=base in BEFORE, times=5)
 
 
 @pytest.mark.parametrize(('base', 'layer'), FEW)
@@ -301,7 +310,7 @@ def test_another_number_of_classes_gets_a_new_head_on_the_same_features(plain, i
     source = plain(base)
     model = load(f'{base}_{layer}', source.state_dict(), num_classes=7).eval()
     with torch.no_grad():
-        assert_same(model.forward_features(image), source.forward_features(image), exact=base in BEFORE)
+        assert_same(model.forward_features(image), source.forward_features(image), exact=base in BEFORE, times=5)
     assert model(image).shape == (4, 7)
     headless = load(f'{base}_{layer}', source.state_dict(), num_classes=0)
     assert headless(image).shape == (4, source.num_features)
