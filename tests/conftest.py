@@ -39,7 +39,7 @@ def randomize():
                 m.weight.uniform_(0.5, 1.5)
                 m.bias.normal_(0, 0.3)
             for m in model.modules():
-                if isinstance(m, nn.GroupNorm):
+                if isinstance(m, nn.GroupNorm) and m.affine:
                     m.weight.normal_()
                     m.bias.normal_()
             for p in model.parameters():

@@ -19,7 +19,6 @@ _PUBLIC = {  # name -> module
     'ATTN_LAYERS': 'layers.attn_layers',
     'graft_state_dict': 'models.registry',
     'plot_attention': 'plot',
-    'set_fused': 'layers.ela_functional',
 }
 __all__ = [*_PUBLIC, '__version__']
 

@@ -1,54 +1,106 @@
-"""What is put on a module's convolution or GroupNorm takes effect, as it does on any layer's."""
+"""What is put on a module, on its convolution or on its GroupNorm takes effect, as it does on any layer's."""
+import copy
+
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from timm_ela import EfficientLocalAttention
 
 
-def wrap(m):
-    m.conv = nn.Sequential(m.conv)
+class LowRank(nn.Module):
+    """What LoRA puts in the place of a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer.requires_grad_(False)
+        self.down, self.up = nn.Conv1d(32, 4, 1, bias=False), nn.Conv1d(4, 32, 1, bias=False)
+
+    def forward(self, z):
+        return self.base_layer(z) + self.up(self.down(z))
 
 
-def replace_forward(m):
+class Symmetric(nn.Module):
+    def forward(self, weight):
+        return weight + weight.flip(2)
+
+
+def replaced(name, part):
+    return lambda m: setattr(m, name, part())
+
+
+def biased(m):
+    m.conv.bias = nn.Parameter(torch.randn(32))
+
+
+def offloaded(m):
     """What accelerate's offload does to every module."""
     forward = m.gn.forward
     m.gn.forward = lambda z: forward(z) + 1
 
 
 PUT_ON = {
-    'pruned': lambda m: prune.l1_unstructured(m.conv, 'weight', 0.5),
-    'parametrized': lambda m: parametrizations.weight_norm(m.conv),
-    'wrapped': wrap,
-    'replaced_forward': replace_forward,
+    'bias': replaced('conv', lambda: nn.Conv1d(32, 32, 7, padding=3, groups=32)),
+    'dilation': replaced('conv', lambda: nn.Conv1d(32, 32, 7, padding=6, dilation=2, groups=32)),
+    'reflect_padding': replaced('conv', lambda: nn.Conv1d(32, 32, 7, padding=3, padding_mode='reflect', groups=32)),
+    'dense': replaced('conv', lambda: nn.Conv1d(32, 32, 3, padding=1)),
+    'set_bias': biased,
+    'set_dilation': lambda m: vars(m.conv).update(dilation=(2,), padding=(6,)),
+    'set_padding_mode': lambda m: nn.Conv1d.__init__(
+        m.conv, 32, 32, 7, padding=3, groups=32, bias=False, padding_mode='circular'),
+    'norm_without_weights': replaced('gn', lambda: nn.GroupNorm(16, 32, affine=False)),
+    'set_norm_without_weights': lambda m: m.gn.__init__(8, 32, affine=False),
+    'batch_norm': replaced('gn', lambda: nn.BatchNorm1d(32)),
+    'no_norm': replaced('gn', nn.Identity),
     'other_eps': lambda m: setattr(m.gn, 'eps', 10.0),
+    'other_groups': lambda m: setattr(m.gn, 'num_groups', 4),
+    'wrapped': lambda m: setattr(m, 'conv', nn.Sequential(m.conv)),
+    'low_rank': lambda m: setattr(m, 'conv', LowRank(m.conv)),
+    'pruned': lambda m: prune.l1_unstructured(m.conv, 'weight', 0.5),
+    'parametrized': lambda m: parametrize.register_parametrization(m.conv, 'weight', Symmetric()),
+    'weight_norm': lambda m: parametrizations.weight_norm(m.conv),
+    'offloaded': offloaded,
 }
 
 
-def called(m, x):
-    a_h, a_w = (m.gn(m.conv(z)).sigmoid() for z in (x.mean(3), x.mean(2)))
+@pytest.fixture(params=PUT_ON.values(), ids=PUT_ON)
+def changed(request, randomize):
+    m = EfficientLocalAttention(32)
+    request.param(m)
+    return randomize(m)
+
+
+def plainly(part, z):
+    """The part as it is called, ours by the forward of PyTorch's class."""
+    for ours in (nn.Conv1d, nn.GroupNorm):
+        if isinstance(part, ours) and 'forward' not in vars(part) and not part._forward_pre_hooks:
+            return ours.forward(part, z)
+    return part(z)
+
+
+def formula(m, x):
+    a_h, a_w = (plainly(m.gn, plainly(m.conv, z)).sigmoid() for z in (x.mean(3), x.mean(2)))
     return x * a_h.unsqueeze(3) * a_w.unsqueeze(2)
 
 
-@pytest.fixture(params=PUT_ON.values(), ids=PUT_ON)
-def changed(request):
-    m = EfficientLocalAttention(32)
-    request.param(m)
-    return m
-
-
-def test_it_computes_with_its_parts_as_they_are_called(changed):
-    x = torch.randn(2, 32, 6, 9)
+def test_it_computes_with_its_parts_as_they_are_called(changed, memory_format):
+    x = torch.randn(2, 32, 6, 9).to(memory_format=memory_format).requires_grad_()
     for _ in range(2):  # what was computed in the first step must not serve in the second
-        y = changed(x)
-        torch.testing.assert_close(y, called(changed, x))
+        y, expected = changed(x), formula(changed, x)
+        torch.testing.assert_close(y, expected)
         a_h, a_w = changed.gates(x)
         torch.testing.assert_close(x * a_h.unsqueeze(3) * a_w.unsqueeze(2), y)
-        y.sum().backward()
+        leaves, upstream = [t for t in (x, *changed.parameters()) if t.requires_grad], torch.randn_like(x)
+        grads = (torch.autograd.grad(t, leaves, upstream, retain_graph=True) for t in (y, expected))
+        for got, want in zip(*grads, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         with torch.no_grad():
             for p in changed.parameters():
                 p.mul_(2)
+            changed.eval()
+            torch.testing.assert_close(changed(x), formula(changed, x))
 
 
 @pytest.mark.parametrize('transform', [
@@ -57,10 +109,19 @@ def test_it_computes_with_its_parts_as_they_are_called(changed):
     lambda m, x: torch.fx.symbolic_trace(m),
     lambda m, x: torch.export.export(m, (x,)).module(),
 ], ids=['compiled', 'traced', 'symbolically_traced', 'exported'])
-@pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning')
+@pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning', 'ignore::torch.jit.TracerWarning')
 def test_it_can_be_transformed_with_them(changed, transform):
     x = torch.randn(2, 32, 6, 9)
-    torch.testing.assert_close(transform(changed, x)(x), called(changed, x))
+    torch.compiler.reset()
+    torch.testing.assert_close(transform(changed.eval(), x)(x), formula(changed, x))
+
+
+@pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning')
+@pytest.mark.parametrize('name', ['bias', 'dilation', 'reflect_padding', 'set_dilation', 'norm_without_weights'])
+def test_it_can_be_scripted_with_them(name, make):
+    m, x = make(32), torch.randn(2, 32, 6, 9)
+    PUT_ON[name](m)
+    torch.testing.assert_close(torch.jit.script(m)(x), formula(m, x))
 
 
 @pytest.mark.parametrize('part', ['conv', 'gn'])
@@ -71,3 +132,54 @@ def test_hooks_on_its_parts_see_both_strips_and_may_change_them(part):
     assert lengths == [6, 9]
     m.get_submodule(part).register_forward_hook(lambda _, inputs, output: torch.zeros_like(output))
     torch.testing.assert_close(m(x), x / 4)  # sigmoid(0) twice: GroupNorm of zeros is its shift, zero
+
+
+MODES = {'grad': torch.enable_grad, 'no_grad': torch.no_grad, 'inference': torch.inference_mode}
+
+
+@pytest.mark.parametrize('inplace', [False, True])
+@pytest.mark.parametrize('mode', MODES.values(), ids=MODES)
+@pytest.mark.parametrize('register', [
+    lambda m, hook: m.register_forward_hook(hook), lambda m, hook: register_module_forward_hook(hook)],
+    ids=['own', 'global'])
+def test_a_forward_hook_sees_the_values_of_the_formula(make, register, mode, inplace, memory_format):
+    m, seen = make(32, inplace=inplace).eval(), {}
+    handle = register(m, lambda module, args, output: seen.update({module: (args[0], output)}))
+    with mode():
+        x = torch.randn(2, 32, 6, 9).to(memory_format=memory_format)
+        before = x.clone()
+        y = m(x)
+        handle.remove()
+        assert torch.equal(x, before)
+        assert seen[m][0] is x and seen[m][1] is y
+        torch.testing.assert_close(y, formula(m, before))
+        for part in seen.keys() - {m}:
+            torch.testing.assert_close(seen[part][1], plainly(part, seen[part][0]))
+    assert len(seen) in (1, 3)  # the module, or its parts as well
+
+
+@pytest.mark.parametrize('register', [
+    lambda m, hook: m.register_forward_pre_hook(hook), lambda m, hook: register_module_forward_pre_hook(hook)],
+    ids=['own', 'global'])
+def test_what_a_pre_hook_keeps_stays_as_it_is(make, register):
+    m, kept, x = make(32, inplace=True).eval(), {}, torch.randn(2, 32, 6, 9)
+    handle = register(m, lambda module, args: kept.update({module: args[0]}))
+    before = x.clone()
+    with torch.no_grad():
+        y = m(x)
+    handle.remove()
+    assert torch.equal(kept[m], before)
+    torch.testing.assert_close(y, formula(m, before))
+
+
+def test_backward_hooks_see_the_gradients_of_the_formula(make):
+    m, seen, x = make(32), {}, torch.randn(2, 32, 6, 9).requires_grad_()
+    for name, part in m.named_modules():
+        part.register_full_backward_hook(lambda _, *grads, name=name: seen.setdefault(name, []).append(grads))
+    upstream = torch.randn_like(x)
+    m(x).backward(upstream)
+    x_grad, x.grad = x.grad, None
+    formula(copy.deepcopy(m), x).backward(upstream)
+    torch.testing.assert_close(x_grad, x.grad)
+    assert {name: len(calls) for name, calls in seen.items()} == {'': 1, 'conv': 2, 'gn': 2}
+    torch.testing.assert_close(seen[''][0], ((x.grad,), (upstream,)))

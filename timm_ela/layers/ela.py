@@ -1,16 +1,16 @@
-"""Efficient Local Attention (ELA) as a module.
-
-`ELA: Efficient Local Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2403.01123
-"""
+"""Efficient Local Attention (ELA). In each part the plain expression stands first, and below it what costs less."""
 from math import gcd
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.layers import is_exportable
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.modules.module import _has_any_global_hook
 
-from .ela_functional import check_input, ela, gate, open_gates
-
-torch.fx.wrap('ela')  # one node in a traced graph, with its checks and its choice of path inside
+from .reshaped import reshape_parameter
+from .tracing import is_fixed_export, is_recorded, is_traced, is_transformed
 
 # The paper's four sizes. group_size: channels per group of the convolution (1 is depthwise).
 VARIANTS: dict[str, dict[str, int]] = {
@@ -30,19 +30,15 @@ class EfficientLocalAttention(nn.Module):
         a_w = sigmoid(GroupNorm(Conv1d(mean of x over H)))    (N, C, W)
         y[n, c, h, w] = x[n, c, h, w] * a_h[n, c, h] * a_w[n, c, w]
 
-    One bias-free Conv1d and one affine GroupNorm serve both strips, as in the authors' code; parameters are named as
-    theirs (`conv.weight`, `gn.weight`, `gn.bias`), so their modules' weights load as they are. Where the published
-    number of GroupNorm groups does not divide C (MobileNetV2 has C = 144, ELA-T 32 groups), the module uses
-    `gcd(num_groups, C)` groups; where it divides, that changes nothing.
+    One bias-free Conv1d and one affine GroupNorm serve both strips, as in the authors' code, whose modules' weights
+    load as they are. Where the published number of GroupNorm groups does not divide C (32 for ELA-T, C = 144), the
+    module uses `gcd(num_groups, C)`. `conv` and `gn` are called on (N, C, L): hook, wrap or replace them. timm's
+    `attn_layer='ela'` is another module: one convolution and one one-group GroupNorm a strip, a SiLU, no four sizes.
 
-    Not timm's `attn_layer='ela'` (EfficientLocalAttn), which has a convolution and a one-group GroupNorm for each
-    strip, a SiLU before the sigmoid, and none of the four sizes.
-
-    With `inplace=True` the module writes its output into its input in eval mode, as timm's models let their activations
-    do, to save a second map. It does so only in eager mode, if no graph is recorded and the input is neither a view nor
-    requires a gradient (in inference mode PyTorch records no views: there, an alias of the whole input is written to as
-    well). Whoever keeps the input, such as a forward hook on the layer before, then sees it gated; hooks on the module
-    itself do, too.
+    With `inplace=True` the module writes its output into its input in eval mode, as timm's activations do: only in
+    eager mode, without a graph, hooks (its own or global ones) or a replaced forward, and if the input is no view (in
+    inference mode PyTorch records none: an alias of the whole input is written to as well). Whoever keeps the input,
+    such as a hook on the layer before, sees it gated then.
 
     Source: `ELA: Efficient Local Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2403.01123
     """
@@ -69,10 +65,9 @@ class EfficientLocalAttention(nn.Module):
             group_size: Channels per group of the convolution; 1 is depthwise.
             num_groups: Groups of the GroupNorm, as published; `gcd(num_groups, channels)` are used.
             eps: GroupNorm's epsilon.
-            inplace: Write the output into the input in eval mode, where that is safe for gradients and views.
+            inplace: Write the output into the input in eval mode, where that is safe for gradients, views and hooks.
             act_layer: Not used: timm's builders pass the block's activation to every attention layer.
-            device: Device of the parameters.
-            dtype: Dtype of the parameters.
+            device, dtype: Of the parameters.
 
         Raises:
             ValueError: If the variant is unknown, the kernel size even, or the channels no multiple of group_size.
@@ -90,61 +85,175 @@ class EfficientLocalAttention(nn.Module):
                 f'ELA variant {variant!r} needs channels in multiples of group_size={size["group_size"]}, '
                 f'got {channels}: variants \'t\' and \'b\' take any number, or set group_size.')
 
-        dd = {'device': device, 'dtype': dtype}
-        self.conv = nn.Conv1d(
-            channels,
-            channels,
-            size['kernel_size'],
-            padding=size['kernel_size'] // 2,
-            groups=channels // size['group_size'],
-            bias=False,
-            **dd,
-        )
+        taps, groups, dd = size['kernel_size'], channels // size['group_size'], {'device': device, 'dtype': dtype}
+        self.conv = StripConv(channels, channels, taps, padding=taps // 2, groups=groups, bias=False, **dd)
+        if is_exportable():
+            # conv2d's shape: ExecuTorch's XNNPACK takes a weight only if no operation makes it
+            reshape_parameter(self.conv, 'weight', *self.conv.weight.shape, 1)
+        self.gn = StripNorm(gcd(size['num_groups'], channels), channels, eps=eps, **dd)
         self.inplace = inplace
-        self.gn = nn.GroupNorm(gcd(size['num_groups'], channels), channels, eps=eps, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gates x.
+        """Gates x (N, C, H, W), and returns the same shape, dtype and memory format."""
+        x, z_h, z_w = pool(x)
+        inplace = not torch.jit.is_scripting() and self._may_write_into(x)
+        return gate(x, self.gn(self.conv(z_h)), self.gn(self.conv(z_w)), inplace)
 
-        Args:
-            x: Feature map (N, C, H, W), any layout.
-
-        Returns:
-            Gated feature map (N, C, H, W), in x's dtype and memory format.
-
-        Raises:
-            ValueError: If x is not 4-D with C channels, or from GroupNorm where a group holds a single value; compiled
-                and scripted, the errors are those of the compiler.
-        """
-        conv, gn = self.conv, self.gn
-        if torch.jit.is_scripting() or self._parts_are_unmodified():
-            # num_groups and eps through self: so TorchScript sees them as constants
-            return ela(
-                x, conv.weight, gn.weight, gn.bias, self.gn.num_groups, self.gn.eps,
-                not torch.jit.is_scripting() and self._may_write_into(x))
-        return gate(x, *self._logits(x))
-
-    @torch.jit.ignore
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The two gates of x: a_h (N, C, H) and a_w (N, C, W), values in (0, 1), in x's dtype."""
-        return open_gates(x, *self._logits(x))
-
-    @torch.jit.ignore
-    def _logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self._parts_are_unmodified():  # a wrapped part may have no weight
-            check_input(x, self.conv.weight, self.gn.weight, self.gn.bias)
-        return self.gn(self.conv(x.mean(3))), self.gn(self.conv(x.mean(2)))
+        z_h, z_w = _strips(x)
+        return open_gates(x, self.gn(self.conv(z_h)), self.gn(self.conv(z_w)))
 
     @torch.jit.unused
     def _may_write_into(self, x: Tensor) -> bool:
-        # a graph of fx may return any of its nodes: what it traces with a Proxy must leave its inputs as they are
-        return self.inplace and not self.training and isinstance(x, Tensor)
+        # a graph of torch.fx may return any of its nodes; in inference mode, only their size tells views
+        return (
+            self.inplace and not (self.training or is_traced() or is_transformed()) and isinstance(x, Tensor) and not (
+                self._forward_pre_hooks or self._forward_hooks or _has_any_global_hook() or 'forward' in vars(self)
+                or x.requires_grad or x._is_view()) and x.untyped_storage().nbytes() == x.numel() * x.element_size())
 
-    @torch.jit.ignore
-    def _parts_are_unmodified(self) -> bool:
-        """True if conv and gn are unmodified: no hooks, no pruning (which is a hook), no wrappers, no offload."""
-        return all(
-            type(m).forward is made.forward
-            and 'forward' not in vars(m)  # accelerate's offload sets one
-            and not (m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks)
-            for m, made in ((self.conv, nn.Conv1d), (self.gn, nn.GroupNorm)))
+
+class StripConv(nn.Conv1d):
+    """Conv1d of a strip, without bias."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        if torch.jit.is_scripting() or self._is_changed():
+            return self._conv_forward(z, self.weight.flatten(2), self.bias)
+        else:
+            return strip_conv(z, self.weight)
+
+    @torch.jit.unused
+    def _is_changed(self) -> bool:
+        options = self.padding_mode, self.stride, self.dilation, self.padding
+        return self.bias is not None or options != ('zeros', (1,), (1,), (self.kernel_size[0] // 2,))
+
+
+class StripNorm(nn.GroupNorm):
+    """GroupNorm of a strip."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        if torch.jit.is_scripting() or not (is_fixed_export(z) and z.shape[1] * z.shape[2] > self.num_groups):
+            return F.group_norm(z, self.num_groups, self.weight, self.bias, self.eps)
+        else:
+            # XNNPACK has no group_norm, nor any mean but over the last two dimensions of a 4-D map
+            g = z.reshape(z.shape[0], self.num_groups, -1, 1)
+            g = g - g.mean((2, 3), keepdim=True)
+            g = g * torch.rsqrt((g * g).mean((2, 3), keepdim=True) + self.eps)
+            z = g.reshape(z.shape)
+            return z * self.weight.view(-1, 1) + self.bias.view(-1, 1) if self.affine else z
+
+
+@torch.fx.wrap
+def pool(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (N, C, H, W), and its means over the width (N, C, H) and over the height (N, C, W)."""
+    if torch.jit.is_scripting():
+        return x, x.mean(3), x.mean(2)
+    else:
+        return _Pool.apply(x) if is_recorded([x]) else (x, *_strips(x))
+
+
+@torch.fx.wrap
+def strip_conv(z: Tensor, weight: Tensor) -> Tensor:
+    """conv1d of z (N, C, L) with weight (C, C / groups, K) or (C, C / groups, K, 1), padded to the same length."""
+    # by conv2d: conv1d does not use oneDNN for short strips, and inductor does not vectorize the product behind it
+    if torch.jit.is_scripting() or not (is_recorded([z, weight]) and weight.shape[1] == 1 and z.device.type == 'cpu'):
+        groups, half = weight.shape[0] // weight.shape[1], weight.shape[2] // 2
+        weight = weight if weight.dim() == 4 else weight.unsqueeze(3)
+        return F.conv2d(z.unsqueeze(3), weight, None, padding=[half, 0], groups=groups).reshape(z.shape)
+    else:
+        return _DepthwiseConv.apply(z, weight)
+
+
+def open_gates(x: Tensor, logits_h: Tensor, logits_w: Tensor) -> tuple[Tensor, Tensor]:
+    """The gates in x's dtype: under CUDA autocast GroupNorm gives float32, which would promote the whole map."""
+    return logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
+
+
+@torch.fx.wrap
+def gate(x: Tensor, logits_h: Tensor, logits_w: Tensor, inplace: bool = False) -> Tensor:
+    """x (N, C, H, W) times the gates that logits_h (N, C, H) and logits_w (N, C, W) open."""
+    if torch.jit.is_scripting() or is_traced() or is_transformed():
+        (n, c, h, w), (a_h, a_w) = x.shape, open_gates(x, logits_h, logits_w)
+        return x * a_h.view(n, c, h, 1) * a_w.view(n, c, 1, w)
+    elif is_recorded([x, logits_h, logits_w]):
+        return _Gate.apply(x, logits_h, logits_w)
+    else:
+        return _gated(x, logits_h, logits_w, inplace)
+
+
+def _in_layout_of(x: Tensor, strip: Tensor) -> Tensor:
+    """A strip (N, C, L) in the memory format of x: on a CPU, mixed formats multiply slowly."""
+    nhwc = x.stride(1) == 1 and x.device.type == 'cpu'
+    return strip.transpose(1, 2).contiguous().transpose(1, 2) if nhwc else strip
+
+
+def _strips(x: Tensor, mean: bool = True) -> tuple[Tensor, Tensor]:
+    """Means, or sums, of x over its width (N, C, H) and over its height (N, C, W)."""
+    nhwc = not is_traced() and not is_transformed() and x.stride(1) == 1 and x.device.type == 'cpu'
+    if not (nhwc or is_fixed_export(x)):
+        return (x.mean(3), x.mean(2)) if mean else (x.sum(3), x.sum(2))
+    # in NHWC, a pooling is far faster than a reduction over one axis; in an export, it is what XNNPACK takes
+    sizes, divisor = ((1, x.shape[3]), (x.shape[2], 1)), None if mean else 1
+    z_h, z_w = (F.avg_pool2d(x, size, divisor_override=divisor).flatten(2) for size in sizes)
+    return z_h, z_w
+
+
+def _gated(x: Tensor, logits_h: Tensor, logits_w: Tensor, inplace: bool = False) -> Tensor:
+    """`gate`, in at most one allocation if no graph is recorded."""
+    a_h, a_w = open_gates(x, _in_layout_of(x, logits_h), _in_layout_of(x, logits_w))
+    y = x.mul_(a_h.unsqueeze(3)) if inplace else x * a_h.unsqueeze(3)
+    return y * a_w.unsqueeze(2) if y.requires_grad else y.mul_(a_w.unsqueeze(2))
+
+
+class _Pool(Function):
+    """`pool`. Backward adds the strips' gradients to that of x in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.size = x.shape[2:]
+        return x.view_as(x), *_strips(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_h: Tensor, grad_w: Tensor) -> Tensor:
+        height, width = ctx.size
+        grad_h = _in_layout_of(grad, grad_h / width).unsqueeze(3)
+        grad_w = _in_layout_of(grad, grad_w / height).unsqueeze(2)
+        if torch.is_grad_enabled():
+            return grad + grad_h + grad_w
+        # only _Gate.backward has it
+        return grad.add_(grad_h).add_(grad_w)
+
+
+class _Gate(Function):
+    """`gate`. It saves x and nothing else of its size, and backward reads x once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits_h: Tensor, logits_w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, logits_h, logits_w)
+        return _gated(x, logits_h, logits_w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, logits_h, logits_w = ctx.saved_tensors
+        grad_x = _gated(grad, logits_h, logits_w)
+        # d sigmoid = a (1 - a), and a is in grad_x already: one product serves both strips
+        sum_h, sum_w = _strips(grad_x * x, mean=False)
+        # sigmoid(-logit) is 1 - a with all its bits
+        return grad_x, sum_h * (-logits_h).sigmoid(), sum_w * (-logits_w).sigmoid()
+
+
+class _DepthwiseConv(Function):
+    """`strip_conv` of groups of one channel. On a CPU, PyTorch's own backward pass takes many times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(z, weight)
+        return strip_conv(z, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        # autocast's dtype
+        z, weight = (t.to(grad.dtype) for t in ctx.saved_tensors)
+        shifted = F.pad(z, 2 * (weight.shape[2] // 2,)).unfold(2, z.shape[2], 1)  # (N, C, taps, L), a view
+        grad_weight = torch.stack([(grad * tap).sum(0) for tap in shifted.unbind(2)], 1).sum(2).view_as(weight)
+        return strip_conv(grad, weight.flip(2)), grad_weight

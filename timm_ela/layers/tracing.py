@@ -1,15 +1,34 @@
-"""What runs a layer: PyTorch's eager mode, or something that records or transforms its operations."""
+"""What runs a layer: PyTorch's eager mode, or something that records or transforms its operations.
+
+TorchScript compiles no body of these functions: ask torch.jit.is_scripting() first.
+"""
 import torch
 from torch.autograd import forward_ad
 
 is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # PyTorch 2.5 has none
 
 
+@torch.jit.unused
 def is_traced() -> bool:
     """True while operations are recorded: by torch.compile, torch.export, an ONNX export or torch.jit.trace."""
     return torch.compiler.is_compiling() or is_exporting() or torch.jit.is_tracing()
 
 
+@torch.jit.unused
 def is_transformed() -> bool:
     """True in torch.func's transforms and forward-mode derivatives, which need the operations of a formula."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@torch.jit.unused
+def is_fixed_export(x: torch.Tensor) -> bool:
+    """True in an export with x's channels and sizes fixed. In dynamo nothing tells: every size looks like an int."""
+    return (is_exporting() and not torch.compiler.is_dynamo_compiling()
+            and all(isinstance(size, int) for size in x.shape[1:]))
+
+
+@torch.jit.unused
+def is_recorded(tensors: list[torch.Tensor]) -> bool:
+    """True if eager mode records a graph of what is computed from these tensors."""
+    return (not is_traced() and not is_transformed()
+            and torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

@@ -1,0 +1,220 @@
+"""What ELA costs in memory, and that its gradients are as exact as those of the authors' module."""
+import copy
+
+import pytest
+import torch
+from helpers import FullSize
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from timm_ela import EfficientLocalAttention
+
+
+def forward_and_gradients(m, x, upstream):
+    x = x.detach().requires_grad_()
+    y = m(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *m.parameters()], upstream)]
+
+
+def test_inference_allocates_the_output_and_nothing_else_of_its_size(make, memory_format):
+    m, x = make(64), torch.randn(2, 64, 12, 20).to(memory_format=memory_format)
+    with torch.no_grad(), FullSize(x.numel()) as full:
+        m(x)
+    assert len(full.storages) == 1
+
+
+def test_training_saves_nothing_of_full_size_but_its_input(make, authors, memory_format):
+    m, x = make(64), torch.randn(2, 64, 12, 20).to(memory_format=memory_format).requires_grad_()
+
+    def saved(m):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            m(x)
+        return {t.untyped_storage().data_ptr() for t in kept if t.numel() >= x.numel()}
+
+    assert saved(m) == {x.untyped_storage().data_ptr()}
+    assert len(saved(authors(m))) == 2  # the first product, too
+
+
+def test_a_training_step_allocates_the_output_the_gradient_and_one_product(make, memory_format):
+    m, x = make(64), torch.randn(2, 64, 12, 20).to(memory_format=memory_format).requires_grad_()
+    upstream = torch.randn_like(x)
+    with FullSize(x.numel()) as full:
+        torch.autograd.grad(m(x), [x, *m.parameters()], upstream)
+    assert len(full.storages) == 3
+
+
+def check_exactness(found, eager, exact, least=0.0):
+    """The output's error and each gradient's are at most twice those of the authors' module in the same dtype."""
+    for got, plain, want in zip(found, eager, exact, strict=True):
+        assert got.dtype == plain.dtype
+        error, allowed = ((t.double() - want).norm() / want.norm() for t in (got, plain))
+        assert error <= max(2 * allowed, least)
+
+
+SIZES = [(1, 5), (5, 1), (7, 13), (13, 7), (1, 63), (63, 7), (25, 38), (9, 9)]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('size', SIZES, ids=str)
+@pytest.mark.parametrize('variant', ['b', 's'])
+def test_output_and_gradients_are_as_exact_as_the_authors(make, authors, variant, size, dtype, memory_format):
+    x, upstream = (torch.randn(3, 48, *size).to(memory_format=memory_format, dtype=dtype) for _ in range(2))
+    m = make(48, variant).to(dtype)
+    exact = forward_and_gradients(authors(m).double(), x.double(), upstream.double())
+    check_exactness(
+        forward_and_gradients(m, x, upstream), forward_and_gradients(authors(m), x, upstream), exact, least=2e-6)
+
+
+@pytest.mark.parametrize('variant', ['b', 'l'])
+def test_strips_shorter_than_the_kernel_are_as_exact_too(make, authors, variant, memory_format):
+    m, (x, upstream) = make(48, variant), (torch.randn(2, 48, 2, 3).to(memory_format=memory_format) for _ in range(2))
+    exact = forward_and_gradients(authors(m).double(), x.double(), upstream.double())
+    check_exactness(
+        forward_and_gradients(m, x, upstream), forward_and_gradients(authors(m), x, upstream), exact, least=2e-6)
+
+
+def test_small_gradients_in_half_precision_are_as_exact_as_the_authors(make, authors, memory_format):
+    x, upstream = (torch.randn(3, 48, 112, 112).to(memory_format=memory_format).half() for _ in range(2))
+    m, upstream = make(48).half(), 3e-4 * upstream  # their means would be subnormal
+    exact = forward_and_gradients(authors(m).double(), x.double(), upstream.double())
+    check_exactness(
+        forward_and_gradients(m, x, upstream), forward_and_gradients(authors(m), x, upstream), exact, least=2e-6)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('variant', ['b', 's'])
+def test_under_autocast_the_gradients_are_as_exact_as_the_authors(make, authors, variant, dtype, memory_format):
+    m, (x, upstream) = make(48, variant), torch.randn(2, 3, 48, 7, 13).to(dtype)
+    x, upstream = (t.to(memory_format=memory_format) for t in (x, upstream))
+
+    def under_autocast(m):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16):
+            y = m(leaf)
+        return [y.detach(), *torch.autograd.grad(y, [leaf, *m.parameters()], upstream)]  # outside, as is usual
+
+    exact = forward_and_gradients(authors(m).double(), x.double(), upstream.double())
+    check_exactness(under_autocast(m), under_autocast(authors(m)), exact)
+
+
+class Wide(nn.Module):
+    """Logits that are all but open, in float32, as GroupNorm gives them under CUDA's autocast."""
+
+    def forward(self, z):
+        return z.float() * 9 + 6
+
+
+def test_gates_that_are_all_but_open_keep_the_bits_of_their_gradients(make, authors, memory_format):
+    m = make(16)
+    theirs = authors(m)
+    m.gn = theirs.gn = Wide()
+    x, upstream = (t.to(memory_format=memory_format).bfloat16() for t in torch.randn(2, 2, 16, 9, 12))
+    exact = forward_and_gradients(copy.deepcopy(theirs).double(), x.double(), upstream.double())
+    m, theirs = m.bfloat16(), theirs.bfloat16()
+    check_exactness(forward_and_gradients(m, x, upstream), forward_and_gradients(theirs, x, upstream), exact)
+
+
+def test_neither_the_input_nor_the_upstream_gradient_is_written_to(make, memory_format):
+    m, x, upstream = make(32), *(torch.randn(2, 32, 6, 11).to(memory_format=memory_format) for _ in range(2))
+    before = x.clone(), upstream.clone()
+    y = m(x.requires_grad_())
+    first = torch.autograd.grad(y, x, upstream, retain_graph=True)[0]
+    kept = first.clone()
+    again = torch.autograd.grad(y, x, upstream)[0]
+    assert torch.equal(x, before[0]) and torch.equal(upstream, before[1])
+    assert torch.equal(first, kept) and torch.equal(again, kept)
+
+
+def test_an_input_that_goes_elsewhere_too_gets_both_gradients(make, authors):
+    m, x = make(32), torch.randn(2, 32, 6, 11)
+
+    def gradient(m):
+        leaf = x.clone().requires_grad_()
+        inner = leaf * 2
+        inner.retain_grad()
+        (m(inner) + inner.sigmoid()).square().sum().backward()
+        return leaf.grad, inner.grad
+
+    torch.testing.assert_close(gradient(m), gradient(authors(m)))
+
+
+def test_the_gates_alone_have_gradients(make, memory_format):
+    m, x = make(32), torch.randn(2, 32, 6, 11).to(memory_format=memory_format).requires_grad_()
+    a_h, a_w = m.gates(x)
+    (a_h.square().sum() + a_w.square().sum()).backward()
+    found, x.grad = x.grad, None
+    sum(m.gn(m.conv(z)).sigmoid().square().sum() for z in (x.mean(3), x.mean(2))).backward()
+    torch.testing.assert_close(found, x.grad)
+
+
+@pytest.mark.parametrize('frozen', ['input', 'parameters', 'conv.weight', 'gn.bias'])
+def test_what_needs_no_gradient_may_be_frozen(make, authors, frozen):
+    m, x = make(32), torch.randn(2, 32, 6, 11)
+
+    def gradients(m):
+        leaf = x.clone().requires_grad_(frozen != 'input')
+        for k, p in m.named_parameters():
+            p.requires_grad_(frozen not in ('parameters', k))
+        return torch.autograd.grad(m(leaf).square().sum(), [t for t in (leaf, *m.parameters()) if t.requires_grad])
+
+    torch.testing.assert_close(gradients(m), gradients(authors(m)))
+
+
+def test_under_activation_checkpointing_the_gradients_are_the_same_bits(make, memory_format):
+    m, x = make(32, 's'), torch.randn(2, 32, 6, 11).to(memory_format=memory_format)
+    upstream = torch.randn_like(x)
+    kept = forward_and_gradients(m, x, upstream)
+    x = x.requires_grad_()
+    y = checkpoint(m, x, use_reentrant=False)
+    recomputed = [y, *torch.autograd.grad(y, [x, *m.parameters()], upstream)]
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+def test_forward_mode_derivatives_are_those_of_the_formula(make):
+    m = make(16, dtype=torch.float64)
+    x, direction = torch.randn(2, 2, 16, 5, 7, dtype=torch.float64)
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(m(forward_ad.make_dual(x, direction))).tangent
+    step = 1e-6
+    torch.testing.assert_close(got, (m(x + step * direction) - m(x - step * direction)) / (2 * step))
+
+
+def test_fifty_steps_of_training_end_where_those_of_the_authors_end(make, authors, memory_format):
+    first, second = EfficientLocalAttention(16), EfficientLocalAttention(32, 's')
+
+    def net(first, second):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), first,
+            nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(), second,
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)).to(memory_format=memory_format)
+
+    def train(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        x, target = torch.randn(16, 3, 24, 20).to(memory_format=memory_format), torch.arange(16) % 4
+        losses = []
+        for _ in range(50):
+            loss = nn.functional.cross_entropy(model(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    theirs = authors(first), authors(second)
+    losses, expected = train(net(first, second)), train(net(*theirs))
+    assert expected[-1] < 0.2 * expected[0]
+    torch.testing.assert_close(losses[:10], expected[:10], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses[-1], expected[-1], rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize('size', [(6, 11), (6, 6)], ids=str)
+def test_an_empty_batch_gives_an_empty_output_and_no_gradient(make, size, memory_format):
+    m, x = make(32), torch.randn(0, 32, *size).to(memory_format=memory_format).requires_grad_()
+    y = m(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(p.grad is None or not p.grad.any() for p in m.parameters())

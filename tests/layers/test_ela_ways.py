@@ -1,0 +1,154 @@
+"""Scripted, traced, compiled, exported, copied, transformed: ELA computes the same in every way of PyTorch."""
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch.func import functional_call, grad, stack_module_state, vmap
+
+from timm_ela import EfficientLocalAttention
+
+pytestmark = pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning', 'ignore::torch.jit.TracerWarning')
+
+
+def exported(m, x, **sizes):
+    program = torch.export.export(m, (x,), dynamic_shapes=({i: torch.export.Dim(k) for k, i in sizes.items()},))
+    calls = [n.target for n in program.graph.nodes if n.op == 'call_function']
+    assert {t.namespace for t in calls} == {'aten'}  # what is exported must load where this package is not
+    return program.module()
+
+
+WAYS = {
+    'scripted': lambda m, x: torch.jit.script(m),
+    'traced': lambda m, x: torch.jit.trace(m, x),
+    'symbolically_traced': lambda m, x: torch.fx.symbolic_trace(m),
+    'symbolically_traced_and_scripted': lambda m, x: torch.jit.script(torch.fx.symbolic_trace(m)),
+    'compiled': lambda m, x: torch.compile(m, backend='eager', fullgraph=True),
+    'exported': lambda m, x: exported(m, x, n=0, h=2, w=3),
+    'copied': lambda m, x: copy.deepcopy(m),
+    'pickled': lambda m, x: pickle.loads(pickle.dumps(m)),
+}
+
+
+@pytest.mark.parametrize('way', WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize('variant', ['b', 's'])
+def test_transformed_modules_compute_the_same_at_other_sizes_too(make, variant, way):
+    m = make(32, variant, eps=0.1)
+    transformed = way(m, torch.randn(2, 32, 6, 11))
+    for n, height, width in ((2, 6, 11), (3, 9, 4)):
+        x = torch.randn(n, 32, height, width)
+        torch.testing.assert_close(transformed(x), m(x))
+
+
+def test_a_symbolic_trace_has_one_node_for_each_call(make):
+    graph = torch.fx.symbolic_trace(make(32)).graph
+    calls = [n.target.__name__ for n in graph.nodes if n.op == 'call_function' and n.target.__name__ != 'getitem']
+    assert calls == ['pool', *2 * ['strip_conv', 'group_norm'], 'gate']
+
+
+FIXED = [(2, 32, 7, 13), (1, 32, 13, 7), (3, 32, 2, 3), (2, 32, 1, 5), (2, 48, 9, 9)]
+
+
+@pytest.mark.parametrize('shape', FIXED, ids=str)
+@pytest.mark.parametrize('variant', ['b', 's'])
+def test_an_export_of_fixed_size_equals_the_module_with_every_gradient(make, authors, variant, shape, memory_format):
+    m = make(shape[1], variant, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64).to(memory_format=memory_format)
+    upstream = torch.randn_like(x)
+
+    def gradients(f):
+        leaf = x.detach().requires_grad_()
+        y = f(leaf)
+        return [y, *torch.autograd.grad(y, [leaf, *f.parameters()], upstream)]
+
+    for got, want in zip(gradients(exported(m, x)), gradients(authors(m)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize('exportable', [False, True])
+def test_an_export_of_fixed_size_has_only_operators_that_phones_have(exportable):
+    with timm.layers.set_layer_config(exportable=exportable):
+        m = EfficientLocalAttention(32)
+    program = torch.export.export(m, (torch.randn(1, 32, 6, 9),)).run_decompositions()
+    calls = {n: n.target.__name__ for n in program.graph.nodes if n.op == 'call_function'}
+    assert set(calls.values()) <= {
+        '_assert_tensor_metadata.default', '_to_copy.default', 'add.Tensor', 'avg_pool2d.default',
+        'convolution.default', 'mean.dim', 'mul.Tensor', 'rsqrt.default', 'sigmoid.default', 'sub.Tensor',
+        'unsqueeze.default', 'view.default'}
+    for n in (n for n, name in calls.items() if name == 'mean.dim'):
+        assert n.args[0].meta['val'].ndim == 4 and n.args[1:] == ([2, 3], True)
+    constant = [n.args[1].op == 'placeholder' for n, name in calls.items() if name == 'convolution.default']
+    assert constant == 2 * [exportable]  # XNNPACK takes constant weights
+
+
+def test_exportable_reaches_the_layers_of_a_model():
+    model = timm.create_model('resnet18_ela_b', exportable=True, device='meta')
+    assert model.layer1[0].se.conv.weight.shape == (64, 1, 7, 1)
+    assert model.state_dict()['layer1.0.se.conv.weight'].shape == (64, 1, 7)
+
+
+@pytest.mark.parametrize('variant', ['b', 's'])
+def test_an_exportable_layer_is_the_same_with_the_same_state_dict(make, variant):
+    m = make(32, variant)
+    with timm.layers.set_layer_config(exportable=True):
+        exportable = EfficientLocalAttention(32, variant)
+    exportable.load_state_dict(m.state_dict())
+    x, upstream = torch.randn(2, 2, 32, 6, 11)
+    for key, value in exportable.state_dict().items():
+        assert torch.equal(value, m.state_dict()[key])
+    for way in (*WAYS.values(), lambda m, x: exported(m, x), lambda m, x: m):
+        torch.testing.assert_close(way(exportable, x)(x), m(x))
+    for a, b in zip(*(torch.autograd.grad(f(x), f.parameters(), upstream) for f in (exportable, m)), strict=True):
+        torch.testing.assert_close(a.view_as(b), b)
+    with pytest.raises(RuntimeError, match='conv.weight'):
+        exportable.load_state_dict({k: v for k, v in m.state_dict().items() if k != 'conv.weight'})
+    with pytest.raises(RuntimeError, match='conv.weight'):
+        exportable.load_state_dict(make(16, variant).state_dict())
+
+
+@pytest.mark.parametrize('shape', [(1, 16, 1, 5), (2, 16, 1, 5)], ids=str)
+def test_an_export_at_length_1_does_what_eager_does(make, shape):
+    m, x = make(16).eval(), torch.randn(shape)  # 16 groups of one channel
+    if shape[0] == 1:
+        with pytest.raises(Exception, match='Expected more than 1 value per channel'):
+            torch.export.export(m, (x,))
+    else:
+        torch.testing.assert_close(torch.export.export(m, (x,)).module()(x), m(x))
+
+
+@pytest.mark.parametrize('size', [(6, 11), (7, 7)], ids=str)
+def test_an_export_of_fixed_size_takes_any_batch(make, size):
+    m = make(32).eval()
+    program = exported(m, torch.randn(2, 32, *size), batch=0)
+    for n in (1, 5):
+        x = torch.randn(n, 32, *size)
+        torch.testing.assert_close(program(x), m(x))
+
+
+def test_an_ensemble_of_modules_runs_under_vmap(make):
+    modules = [make(16, 's') for _ in range(3)]
+    params, buffers = stack_module_state(modules)
+    x = torch.randn(2, 16, 6, 5)
+    y = vmap(lambda p, b: functional_call(modules[0], (p, b), (x,)))(params, buffers)
+    torch.testing.assert_close(y, torch.stack([m(x) for m in modules]))
+
+
+def test_gates_run_under_vmap(make):
+    m, x = make(16, 'b'), torch.randn(3, 2, 16, 6, 5)
+    for together, one_by_one in zip(vmap(m.gates)(x), zip(*map(m.gates, x), strict=True), strict=True):
+        torch.testing.assert_close(together, torch.stack(one_by_one))
+
+
+def test_gradients_of_each_sample_run_under_vmap(make):
+    m = make(16, 'b')
+    params = {k: p.detach() for k, p in m.named_parameters()}
+    x = torch.randn(3, 1, 16, 6, 5)
+
+    def loss(p, x):
+        return functional_call(m, p, (x,)).square().sum()
+
+    together = vmap(grad(loss), in_dims=(None, 0))(params, x)
+    for i in range(3):
+        for k, g in grad(loss)(params, x[i]).items():
+            torch.testing.assert_close(together[k][i], g)
