@@ -183,6 +183,43 @@ def test_forward_and_gradients_are_the_papers(make, name, size, training):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=lambda m, k=k: f'{k}: {m}')
 
 
+SINGLE_VALUE = {  # where a batch norm would see a single value in training
+    'cbam': lambda n, h, w: n * h * w == 1,
+    'triplet': lambda n, h, w: n * h * w == 1,
+    'sp': lambda n, h, w: n * min(h, w) == 1,
+}
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('name', FORMULAS)
+def test_small_maps_and_batches_give_the_formula(make, name, training, memory_format):
+    layer = make(name, channels=64, dtype=torch.float64).train(training)
+    for shape in ((n, h, w) for n in (1, 2) for h, w in ((1, 1), (1, 5), (5, 1), (2, 3))):
+        x = torch.randn(shape[0], 64, *shape[1:], dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+        p = {k: v.clone() for k, v in layer.state_dict().items()}
+        if training and name in SINGLE_VALUE and SINGLE_VALUE[name](*shape):
+            with pytest.raises(ValueError, match='Expected more than 1 value per channel when training'):
+                layer(x)
+            continue
+        y, want = layer(x), FORMULAS[name](x, p, training)
+        torch.testing.assert_close(y, want, rtol=0, atol=1e-11)
+        upstream = torch.randn_like(y)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(t, x, upstream) for t in (y, want)), rtol=0, atol=1e-10, msg=f'{shape}')
+
+
+@pytest.mark.parametrize('name', FORMULAS)
+def test_in_channels_last_gradients_have_the_strides_of_their_parameters(make, name):
+    """Otherwise DistributedDataParallel warns and copies."""
+    layer = make(name, channels=256).to(memory_format=torch.channels_last)
+    for n in (1, 2):
+        layer.zero_grad()
+        layer(torch.randn(n, 256, 5, 7).to(memory_format=torch.channels_last)).square().mean().backward()
+        assert {k: p.grad.stride() for k, p in layer.named_parameters()} == {
+            k: p.stride() for k, p in layer.named_parameters()}
+
+
 @pytest.mark.parametrize('name', FORMULAS)
 def test_both_memory_formats_give_the_same_and_keep_theirs(make, name):
     layer, x = make(name).eval(), torch.randn(2, 48, 6, 11)
@@ -268,6 +305,38 @@ def test_weights_are_named_as_in_the_authors_code(name):
     assert set(ATTN_LAYERS[name].create(48).state_dict()) == AUTHORS[name]
 
 
+class AuthorsShuffleAttention(nn.Module):
+    """As the authors write it."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        half = channels // (2 * groups)
+        self.groups, self.avg_pool, self.sigmoid = groups, nn.AdaptiveAvgPool2d(1), nn.Sigmoid()
+        self.cweight, self.sweight = (nn.Parameter(torch.zeros(1, half, 1, 1)) for _ in range(2))
+        self.cbias, self.sbias = (nn.Parameter(torch.ones(1, half, 1, 1)) for _ in range(2))
+        self.gn = nn.GroupNorm(half, half)
+
+    def forward(self, x):
+        b, _, h, w = x.shape
+        x_0, x_1 = x.reshape(b * self.groups, -1, h, w).chunk(2, dim=1)
+        xn = x_0 * self.sigmoid(self.cweight * self.avg_pool(x_0) + self.cbias)
+        xs = x_1 * self.sigmoid(self.sweight * self.gn(x_1) + self.sbias)
+        out = torch.cat([xn, xs], dim=1).reshape(b, -1, h, w)
+        return out.reshape(b, 2, -1, h, w).permute(0, 2, 1, 3, 4).reshape(b, -1, h, w)
+
+
+def test_weights_of_shuffle_attentions_authors_load_as_they_are_and_back(make):
+    ours = make('sa', channels=256)
+    theirs = AuthorsShuffleAttention(256, ours.groups)
+    theirs.load_state_dict(ours.state_dict())
+    again = copy.deepcopy(ATTN_LAYERS['sa'].create(256))
+    again.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 256, 1, 1)
+    torch.testing.assert_close(again(x), theirs(x))
+    with pytest.raises(RuntimeError, match='cweight'):
+        again.load_state_dict(make('sa', channels=384).state_dict())
+
+
 def exported(layer, x):
     sizes = {0: torch.export.Dim('n'), 2: torch.export.Dim('h', min=2), 3: torch.export.Dim('w', min=2)}
     return torch.export.export(layer, (x,), dynamic_shapes=(sizes,)).module()
@@ -277,14 +346,16 @@ WAYS = {
     'compiled': lambda layer, x: torch.compile(layer, backend='eager', fullgraph=True),
     'exported': exported,
     'scripted': lambda layer, x: torch.jit.script(layer),
+    'traced': lambda layer, x: torch.jit.trace(layer, x),
     'symbolically_traced': lambda layer, x: torch.fx.symbolic_trace(layer),
     'copied': lambda layer, x: copy.deepcopy(layer),
 }
 
 
-@pytest.mark.filterwarnings('ignore:.torch.jit:DeprecationWarning', 'ignore:.torch.jit:FutureWarning')
+@pytest.mark.filterwarnings(
+    'ignore:.torch.jit:DeprecationWarning', 'ignore:.torch.jit:FutureWarning', 'ignore::torch.jit.TracerWarning')
 @pytest.mark.parametrize('way', WAYS)
-@pytest.mark.parametrize('name', [name for name in FORMULAS if not name.startswith('ela')])  # ELA's: test_ela.py
+@pytest.mark.parametrize('name', FORMULAS)
 def test_transformed_layers_compute_the_same_at_other_sizes_too(make, name, way):
     torch._dynamo.reset()
     layer = make(name).eval()
@@ -292,7 +363,17 @@ def test_transformed_layers_compute_the_same_at_other_sizes_too(make, name, way)
     for shape in ((2, 48, 6, 11), (3, 48, 9, 4)):
         x = torch.randn(shape)
         with torch.no_grad():
-            torch.testing.assert_close(other(x), layer(x))
+            torch.testing.assert_close(other(x.clone()), layer(x))  # ELA's rows gate in place
+
+
+@pytest.mark.parametrize('name', FORMULAS)
+def test_an_export_has_no_operator_that_phones_lack(make, name):
+    layer, x = make(name).eval(), torch.randn(1, 48, 6, 11)
+    program = torch.export.export(layer, (x,))
+    calls = [n for n in program.graph.nodes if n.op == 'call_function']
+    assert not [n for n in calls if 'movedim' in n.target.__name__]  # CoreML has none, nor a rank above 5
+    assert all(v.ndim <= 5 for n in calls for v in [n.meta.get('val')] if isinstance(v, torch.Tensor))
+    torch.testing.assert_close(program.module()(x), layer(x.clone()))
 
 
 @pytest.mark.parametrize('name', FORMULAS)

@@ -5,8 +5,9 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .reshaped import reshape_parameter
 
 
 class ShuffleAttention(nn.Module):
@@ -50,19 +51,15 @@ class ShuffleAttention(nn.Module):
         self.sweight = nn.Parameter(torch.zeros(1, half, 1, 1, **dd))
         self.sbias = nn.Parameter(torch.ones(1, half, 1, 1, **dd))
         self.gn = nn.GroupNorm(half, half, **dd)
+        # in channels_last, 4-D parameters would have other strides than their gradients: DistributedDataParallel warns
+        for name in ('cweight', 'cbias', 'sweight', 'sbias'):
+            reshape_parameter(self, name, half, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Gates x (N, C, H, W), and returns a contiguous map of the same shape."""
-        groups = self.groups
-        x_0, x_1 = x.unflatten(1, (groups, 2, -1)).unbind(2)  # (N, G, C / 2G, H, W)
-        channel = x_0.mean((3, 4), keepdim=True)
-
-        x_1 = x_1.flatten(1, 2)  # (N, C / 2, H, W)
-        weight, bias = self.gn.weight.repeat(groups), self.gn.bias.repeat(groups)
-        pixel = F.group_norm(x_1, x_1.shape[1], weight, bias, self.gn.eps)
-        x_1, pixel = x_1.unflatten(1, (groups, -1)), pixel.unflatten(1, (groups, -1))
-
-        y_0 = x_0 * (self.cweight * channel + self.cbias).sigmoid()
-        y_1 = x_1 * (self.sweight * pixel + self.sbias).sigmoid().to(x.dtype)
-        y = torch.stack([y_0, y_1], 2).flatten(1, 3)  # (N, C, H, W)
-        return y.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+        n, c, h, w = x.shape
+        x_0, x_1 = x.reshape(n * self.groups, c // self.groups, h, w).chunk(2, 1)  # (N * G, C / 2G, H, W)
+        y_0 = x_0 * (self.cweight * x_0.mean((2, 3), keepdim=True) + self.cbias).sigmoid()
+        y_1 = x_1 * (self.sweight * self.gn(x_1) + self.sbias).sigmoid().to(x.dtype)
+        y = torch.cat([y_0, y_1], 1)
+        return y.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)

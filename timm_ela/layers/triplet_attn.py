@@ -17,10 +17,10 @@ class AttentionGate(nn.Module):
         self.conv = ConvNormAct(
             2, 1, kernel_size, apply_act=False, norm_kwargs={'momentum': 0.01}, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, dim: int) -> Tensor:
-        """Pools x (4-D) over a dimension and gives the gate, a map of the other two, with a dimension of size 1."""
-        pooled = torch.cat([x.max(dim, keepdim=True)[0], x.mean(dim, keepdim=True)], dim)
-        return self.conv(pooled.movedim(dim, 1)).sigmoid().movedim(1, dim)
+    def forward(self, x: Tensor) -> Tensor:
+        """Pools x (N, D, A, B) over D, and gives the gate (N, 1, A, B)."""
+        pooled = torch.cat([x.max(1, keepdim=True)[0], x.mean(1, keepdim=True)], 1)
+        return self.conv(pooled).sigmoid()
 
 
 class TripletAttention(nn.Module):
@@ -56,7 +56,7 @@ class TripletAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gates x (N, C, H, W), and returns the same shape."""
-        a_cw = self.cw(x, 2)  # (N, C, 1, W)
-        a_hc = self.hc(x.transpose(1, 2), 3).transpose(1, 2)  # (N, C, H, 1)
-        a_hw = self.hw(x, 1)  # (N, 1, H, W)
+        a_cw = self.cw(x.permute(0, 2, 1, 3)).permute(0, 2, 1, 3)  # (N, C, 1, W)
+        a_hc = self.hc(x.permute(0, 3, 2, 1)).permute(0, 3, 2, 1)  # (N, C, H, 1)
+        a_hw = self.hw(x)  # (N, 1, H, W)
         return (x * a_cw + x * a_hc + x * a_hw) / 3
