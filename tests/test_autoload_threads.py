@@ -1,8 +1,9 @@
-"""The hook under threads, and after a registration that was cut off. Every claim is made of fresh interpreters."""
-import textwrap
+"""The hook under threads, and after a registration that was cut off.
 
+A claim is made of a fresh interpreter where threads import torch too, and else of a fork of one that has (`forks`).
+"""
 import pytest
-from helpers import AUTOLOAD_OFF, run_python
+from helpers import run_python
 
 from timm_ela.models.registry import MODELS
 
@@ -21,7 +22,6 @@ OF_OURS = ['import timm_ela.models.attn_resnet', 'import timm_ela.layers.ela', '
 # timm and torchvision fail in some of the threads, with or without us: their modules import each other.
 THREADS = '''
 import sys, threading, time
-{first}
 if {interval}:
     sys.setswitchinterval({interval})
 statements = {statements!r}
@@ -43,24 +43,28 @@ print(len(timm.list_models('*_ela_*')))
 '''
 
 
-def run_threads(statements, turn, first='', interval=None, patience=0):
-    code = THREADS.format(
-        first=first, interval=interval, statements=statements, turn=turn, patience=patience, number=NUMBER)
-    return run_python(code, timeout=120)  # a hang fails
+def threads(statements, turn, interval=None, patience=0):
+    return THREADS.format(interval=interval, statements=statements, turn=turn, patience=patience, number=NUMBER)
 
 
 @pytest.mark.parametrize('turn', range(5))
 @pytest.mark.parametrize('interval', [None, 1e-5])
-@pytest.mark.parametrize('first', ['', 'import torch'])
-def test_threads_that_import_timm_end_and_the_models_are_there(first, interval, turn):
-    done = run_threads(STATEMENTS, turn, first, interval)
+def test_threads_that_import_timm_end_and_the_models_are_there(forks, interval, turn):
+    done = forks(threads(STATEMENTS, turn, interval))
+    assert done.stdout == f'{NUMBER}\n'
+    assert 'is not registered' not in done.stderr
+
+
+@pytest.mark.parametrize(('turn', 'interval'), [(0, None), (2, 1e-5)])
+def test_threads_that_import_torch_too_end_and_the_models_are_there(turn, interval):
+    done = run_python(threads(STATEMENTS, turn, interval), timeout=120)  # a hang fails
     assert done.stdout == f'{NUMBER}\n'
     assert 'is not registered' not in done.stderr
 
 
 @pytest.mark.parametrize('turn', range(3))
-def test_where_threads_import_modules_of_ours_too_the_models_are_there_a_moment_later(turn):
-    done = run_threads([*STATEMENTS, *OF_OURS], 3 * turn, 'import torch', 1e-5, patience=60)
+def test_where_threads_import_modules_of_ours_too_the_models_are_there_a_moment_later(forks, turn):
+    done = forks(threads([*STATEMENTS, *OF_OURS], 3 * turn, 1e-5, patience=60))
     assert done.stdout == f'{NUMBER}\n'
     assert 'is not registered' not in done.stderr
 
@@ -92,27 +96,26 @@ timm_ela.layers.ela.VARIANTS, timm_ela.ATTN_LAYERS
 '''
 
 
-@pytest.mark.parametrize(('first', 'second', 'third', 'env'), [
-    ('import torch', 'import timm', 'import timm', {}),
-    ('import torch', 'import timm', 'import timm_ela.models.registry', {}),
-    ('import timm', 'import timm_ela', 'import timm_ela', AUTOLOAD_OFF),
-    ('', 'import timm_ela, timm', 'import timm_ela', AUTOLOAD_OFF),
+@pytest.mark.parametrize(('first', 'second', 'third', 'hook'), [
+    ('', 'import timm', 'import timm', True),
+    ('', 'import timm', 'import timm_ela.models.registry', True),
+    ('import timm', 'import timm_ela', 'import timm_ela', False),
+    ('', 'import timm_ela, timm', 'import timm_ela', False),
 ])
-def test_an_interrupted_registration_is_completed_by_the_next_import(first, second, third, env):
+def test_an_interrupted_registration_is_completed_by_the_next_import(forks, first, second, third, hook):
     code = FAILS_ONCE.format(
         first=first, second=second, third=third, module='timm_ela.models.attn_efficientnet', error='KeyboardInterrupt',
         count=COUNT)
-    done = run_python(textwrap.dedent(code), env=env)
+    done = forks(code, hook=hook)
     assert done.stdout == f'raised\n{NUMBER}\n'
     assert not done.stderr
 
 
 @pytest.mark.parametrize('third', ['import timm_ela', 'import timm_ela.layers'])
-def test_a_family_that_failed_is_registered_by_the_next_import_of_ours(third):
+def test_a_family_that_failed_is_registered_by_the_next_import_of_ours(forks, third):
     code = FAILS_ONCE.format(
-        first='import torch', second='import timm', third=third, module='timm_ela.models.blocks', error='ImportError',
-        count=COUNT)
-    done = run_python(textwrap.dedent(code))
+        first='', second='import timm', third=third, module='timm_ela.models.blocks', error='ImportError', count=COUNT)
+    done = forks(code)
     before, after = map(int, done.stdout.split())
     assert before < after == NUMBER
     assert 'timm_ela.models.attn_resnet is not registered: ImportError: once' in done.stderr

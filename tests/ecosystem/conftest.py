@@ -68,16 +68,19 @@ def write_my_model(tmp_path, randomize):
 
 @pytest.fixture
 def execute(hub, tmp_path):
-    """Executes code in a fresh interpreter, after a block of the README where a title is given."""
+    """Executes code in a fresh interpreter, or in several, after a block of the README where a title is given."""
 
-    def execute(code: str, title: str | None = None) -> list[str]:
+    def execute(code: str, title: str | None = None, processes: int = 1) -> list[str]:
         parts = [BEFORE, readme_block(title) if title else '', textwrap.dedent(code), 'print("passed")']
         env = {
             'HF_ENDPOINT': hub.url, 'HF_HOME': tmp_path / 'hf', 'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_XET': '1',
             'NO_PROXY': '127.0.0.1', 'OMP_NUM_THREADS': '1', 'TORCHINDUCTOR_COMPILE_THREADS': '1',
-            'CUDA_VISIBLE_DEVICES': '',
+            'CUDA_VISIBLE_DEVICES': '', 'ACCELERATE_USE_CPU': 'true',
         }
-        lines = run([sys.executable, '-c', '\n'.join(parts)], env=env, cwd=tmp_path, timeout=900).stdout.splitlines()
+        (tmp_path / 'code.py').write_text('\n'.join(parts))
+        launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', processes] * (processes > 1)
+        command = [sys.executable, *launch, tmp_path / 'code.py']
+        lines = run(command, env=env, cwd=tmp_path, timeout=900).stdout.splitlines()
         assert lines[-1] == 'passed'
         return lines[:-1]
 

@@ -1,4 +1,4 @@
-"""Libraries that take a timm model by name: segmentation_models_pytorch, torchvision, transformers."""
+"""Libraries that take a timm model: segmentation_models_pytorch, torchvision, transformers, accelerate; and FSDP."""
 import pytest
 
 EXTRA = "needs pip install '.[ecosystem]'"
@@ -146,3 +146,30 @@ def test_transformers_trainer(execute, write_my_model):
         assert torch.equal(AutoModelForImageClassification.from_pretrained('my-finetuned').eval()(x).logits, logits)
         assert torch.equal(timm.create_model('local-dir:my-finetuned', pretrained=True).eval()(x), logits)
     ''', 'transformers\' Trainer')
+
+
+def test_accelerate(execute, write_my_model):
+    pytest.importorskip('accelerate', reason=EXTRA)
+    write_my_model()
+    execute('''
+        assert accelerator.num_processes == 2
+        before = timm.create_model('local-dir:my-model', pretrained=True).state_dict()
+        assert weights.keys() == before.keys()
+        assert sum('.se.' in k and not torch.equal(before[k], weights[k]) for k in before) == 3 * 8
+        accelerator.end_training()
+    ''', 'accelerate', processes=2)
+
+
+def test_pytorchs_fsdp(execute, write_my_model):
+    """Both processes take the same images, so that the mean of their gradients is that of one."""
+    write_my_model()
+    execute('''
+        alone = timm.create_model('local-dir:my-model', pretrained=True)
+        x, target = torch.rand(4, 3, 96, 128), torch.tensor([0, 1, 2, 0])
+        for network in (alone, model):
+            torch.nn.functional.cross_entropy(network(x), target).backward()
+        for (key, p), q in zip(alone.named_parameters(), model.parameters(), strict=True):
+            assert q.to_local().shape != q.shape
+            torch.testing.assert_close(q.grad.full_tensor(), p.grad, rtol=1e-4, atol=1e-5, msg=key)
+        torch.distributed.destroy_process_group()
+    ''', 'PyTorch\'s FSDP', processes=2)
