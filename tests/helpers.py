@@ -80,10 +80,12 @@ else:
     sys.exit()
 for number, path in ((1, out), (2, err)):
     os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), number)
-signal.alarm(120)  # a hang fails
+# A hang fails.
+signal.alarm(120)
 exec(code, {'__name__': '__main__'})
 sys.stdout.flush()
-os._exit(0)  # taking all modules down would take as long as importing timm
+# Taking all modules down would take as long as importing timm.
+os._exit(0)
 '''
 
     def __init__(self, env: Mapping[str, object], folder: Path) -> None:

@@ -15,6 +15,8 @@ from torch import nn
 
 CLASSES = ['ant', 'bee', 'cat']
 PLAIN = ('resnet50', 'mobilenetv2_100')  # whose weights the blocks ask for
+# Line and line break in one write: the processes of torchrun share an unbuffered pipe.
+PASSED = r'import sys; sys.stdout.write("passed\n")'
 BEFORE = 'import torch; torch.set_num_threads(1); torch.manual_seed(0)'
 
 
@@ -71,7 +73,7 @@ def execute(hub, tmp_path):
     """Executes code in a fresh interpreter, or in several, after a block of the README where a title is given."""
 
     def execute(code: str, title: str | None = None, processes: int = 1) -> list[str]:
-        parts = [BEFORE, readme_block(title) if title else '', textwrap.dedent(code), 'print("passed")']
+        parts = [BEFORE, readme_block(title) if title else '', textwrap.dedent(code), PASSED]
         env = {
             'HF_ENDPOINT': hub.url, 'HF_HOME': tmp_path / 'hf', 'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_XET': '1',
             'NO_PROXY': '127.0.0.1', 'OMP_NUM_THREADS': '1', 'TORCHINDUCTOR_COMPILE_THREADS': '1',
