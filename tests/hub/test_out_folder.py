@@ -1,6 +1,5 @@
 """The folder that export and convert write: all of it or nothing, and nothing that is not theirs."""
 import os
-import signal
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -45,30 +44,6 @@ def test_whatever_fails_the_folder_stays_as_it_was(train_run, tmp_path, monkeypa
     files = listing(tmp_path)
     monkeypatch.setattr(f'timm_ela.hub.publish.{step}', partial(fail, error))
     with pytest.raises(type(error)):
-        export_run(train_run, out, force=True)
-    assert listing(tmp_path) == files
-
-
-@pytest.mark.parametrize('moves', range(6))
-@pytest.mark.parametrize('before', [(), FILES], ids=['new', 'force'])
-def test_what_is_cut_off_while_files_are_moved_is_undone(train_run, tmp_path, monkeypatch, moves, before):
-    out = tmp_path / 'out'
-    out.mkdir()
-    for name in before:
-        (out / name).write_text('old')
-    files, rename, calls = listing(tmp_path), Path.rename, []
-
-    def cut_off(self, target):
-        calls.append(self)
-        if len(calls) == moves + 1:
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, 'rename', cut_off)
-    if moves >= 3 + len(before):
-        export_run(train_run, out, force=True)
-        return
-    with pytest.raises(KeyboardInterrupt):
         export_run(train_run, out, force=True)
     assert listing(tmp_path) == files
 
@@ -176,33 +151,63 @@ def test_a_file_that_appears_meanwhile_is_kept_and_named(train_run, tmp_path, mo
 
 INTERRUPTED = '''
 import os, signal, sys
+from pathlib import Path
 from timm_ela.cli import main
-from timm_ela.hub import publish
 
-ignored, number, card = sys.argv.pop() == 'ignored', int(sys.argv.pop()), publish.run_card
+source, out, place, heeded = sys.argv[1:]
+signals = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]
+armed = []
 
-def run_card(*args):
-    assert os.path.isdir(os.path.join(sys.argv[-1], publish._UNFINISHED))
-    os.kill(os.getpid(), number)
-    return card(*args)
 
-# Not as inherited: a shell starts a program in the background with signals ignored.
-default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-signal.signal(number, signal.SIG_IGN if ignored else default)
-publish.run_card = run_card
-main()
+def strike(event, args):
+    """Sends a signal to this process: as the card is opened, or at the n-th move of a file."""
+    if armed and event == place and (event == 'os.rename' or Path(str(args[0])).name == 'README.md'):
+        armed[0] -= 1
+        if not armed[0]:
+            armed.clear()
+            os.kill(os.getpid(), number)
+
+
+def listing():
+    return {path.name: path.read_bytes() for path in Path(out).rglob('*')} if os.path.exists(out) else None
+
+
+def export(nth):
+    """Whether an export that is struck at the n-th time is written; if not, nothing has changed."""
+    global number
+    number, before = signals[nth % len(signals)], listing()
+    # Not as inherited: a shell starts a program in the background with signals ignored.
+    default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    signal.signal(number, default if heeded == 'heeded' else signal.SIG_IGN)
+    armed[:] = [nth]
+    sys.argv = ['timm-ela', 'export', source, out, '--force', '--tag', f'number{nth}']
+    try:
+        main()
+        return True
+    except SystemExit as end:
+        assert (end.code, listing()) == (2, before), (nth, number)
+        return False
+
+
+sys.addaudithook(strike)
+for before in ('nothing', 'an export'):
+    struck = next(nth for nth in range(1, 99) if export(nth)) - 1
+    print(f'{before}: {struck}')
 '''
 
 
-@pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda sent: sent.name)
-def test_a_signal_leaves_nothing_behind(train_run, tmp_path, sent):
-    files = listing(tmp_path)
-    done = run_python(INTERRUPTED, 'export', train_run, tmp_path / 'out', int(sent), 'heeded', exit_code=2)
-    assert done.stderr.splitlines()[-1] == 'timm-ela export: error: interrupted; nothing was written'
-    assert listing(tmp_path) == files
+@pytest.mark.parametrize('place, new, replaced', [('open', 1, 1), ('os.rename', 3, 6)], ids=['written', 'moved'])
+def test_wherever_a_signal_strikes_the_folder_stays_as_it_was(train_run, tmp_path, place, new, replaced):
+    """SIGTERM, SIGINT and SIGHUP in turn. Files that are replaced are moved away first."""
+    done = run_python(INTERRUPTED, train_run, tmp_path / 'out', place, 'heeded')
+    assert [line for line in done.stdout.splitlines() if ': ' in line and 'Wrote' not in line] == [
+        f'nothing: {new}', f'an export: {replaced}']
+    said = [line for line in done.stderr.splitlines() if 'error' in line]
+    assert said == ['timm-ela export: error: interrupted; nothing was written'] * (new + replaced)
+    assert set(listing(tmp_path / 'out')) == {*FILES}
 
 
-@pytest.mark.parametrize('sent', [signal.SIGINT, signal.SIGHUP], ids=lambda sent: sent.name)
-def test_a_signal_that_is_ignored_stays_ignored_as_nohup_asks(train_run, tmp_path, sent):
-    run_python(INTERRUPTED, 'export', train_run, tmp_path / 'out', int(sent), 'ignored')
+def test_a_signal_that_is_ignored_stays_ignored_as_nohup_asks(train_run, tmp_path):
+    done = run_python(INTERRUPTED, train_run, tmp_path / 'out', 'os.rename', 'ignored')
+    assert 'nothing: 0' in done.stdout and 'interrupted' not in done.stderr
     assert set(listing(tmp_path / 'out')) == {*FILES}
