@@ -8,7 +8,7 @@ import torch
 from timm.models import get_arch_pretrained_cfgs
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_ela.hub.cards import INSTALL, card, card_data, citation
+from timm_ela.hub.cards import card, card_data, citation, needs
 from timm_ela.layers.attn_layers import ATTN_LAYERS, ELSA
 from timm_ela.models.registry import MODELS, Counts, Model, read_counts
 
@@ -83,7 +83,7 @@ def backbone_card(base: str) -> str:
             ['tag', 'read from', 'licence'],
             [[f'`{cfg.tag}`', f'`{cfg.hf_hub_id}`', cfg.license or 'not stated'] for cfg in cfgs]),
         f"""```python
-# {INSTALL}   so that timm knows the models
+# {needs()}
 import timm
 
 model = timm.create_model('{grafted[1].name}.{cfgs[0].tag}', pretrained=True)

@@ -1,6 +1,7 @@
 """weights_cards/, the README's table of models and timm's registry say the same; `make cards` writes the first two."""
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import timm
 from huggingface_hub import ModelCard
 from timm.models import get_arch_pretrained_cfgs
 
-from timm_ela.hub.cards import INSTALL
+from timm_ela import __version__
+from timm_ela.hub.cards import needs
 from timm_ela.layers.attn_layers import ELSA
 from timm_ela.models.registry import MODELS
 
@@ -68,10 +70,33 @@ def test_registry_cards_and_readme_have_the_same_names():
     assert in_readme == {name: base for name, base in BASES.items() if MODELS[name].layer.tag == 'ela'}
 
 
-def test_one_line_says_how_to_install():
-    url = re.search(r'^Repository = "(.*)"$', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)[1]
-    assert f'pip install git+{url}' == INSTALL
-    assert INSTALL in (ROOT / 'README.md').read_text(encoding='utf-8')
+def test_no_file_names_an_address_of_the_package_that_is_not_in_pyproject():
+    """An address that nobody owns is one that anybody may take, and serve what he likes."""
+    files = [path for folder in ('timm_ela', 'tests', 'weights_cards') for path in (ROOT / folder).rglob('*')]
+    texts = {}
+    for path in (*files, *ROOT.glob('*.*'), ROOT / 'Makefile', ROOT / '.ci' / 'run'):
+        if path.is_file():
+            with suppress(UnicodeDecodeError):  # pictures, weights, bytecode
+                texts[path] = path.read_text(encoding='utf-8')
+    assert {ROOT / 'README.md', ROOT / 'weights_cards' / 'resnet18.md', Path(__file__)} <= texts.keys()
+    urls = texts[ROOT / 'pyproject.toml'].partition('\n[project.urls]\n')[2].partition('\n[')[0]
+    owned = set(re.findall(r'"(https://.*?)"', urls))
+    address = re.compile(r'(?:git\+)(https?://[\w./-]+)|(https?://[\w./-]*timm[-_]ela[\w./-]*)')
+    named = {path: set(filter(None, map(''.join, address.findall(text)))) for path, text in texts.items()}
+    assert {path: found - owned for path, found in named.items() if found - owned} == {}
+
+
+@pytest.mark.parametrize('urls, address', [
+    ([], None), (['Documentation, https://a.org'], None),
+    (['Documentation, https://a.org', 'Repository, https://b.org/x'], 'https://b.org/x')])
+def test_a_card_says_how_to_install_where_the_installed_package_has_an_address(tmp_path, monkeypatch, urls, address):
+    folder = tmp_path / 'timm_ela-9.dist-info'
+    folder.mkdir()
+    lines = ['Metadata-Version: 2.1', 'Name: timm-ela', 'Version: 9', *(f'Project-URL: {url}' for url in urls)]
+    (folder / 'METADATA').write_text('\n'.join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    install = f': pip install git+{address}' if address else ''
+    assert needs() == f'needs the Python package timm_ela ({__version__}){install}'
 
 
 @pytest.mark.parametrize('name', CARDS)

@@ -189,7 +189,7 @@ def test_a_model_of_timms_own_is_exported_and_called_so(exported, caplog):
     folder = exported(PLAIN)
     assert f'{PLAIN} is a model of timm, not one of timm_ela' in caplog.text
     assert load(folder).num_classes == 7
-    assert 'ELA' not in card(folder).text and 'git+' not in card(folder).text
+    assert 'ELA' not in card(folder).text and 'timm_ela (' not in card(folder).text
     assert 'ela' not in card(folder).data.tags
 
 

@@ -3,6 +3,8 @@ import platform
 import shlex
 import textwrap
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ from .. import __version__
 from ..models.registry import MODELS, Model
 from .train_run import TrainRun
 
-INSTALL = 'pip install git+https://github.com/timm-ela/timm_ela'  # the address in pyproject.toml
 PLACEHOLDER = 'hf-hub:OWNER/NAME'  # of a card's repository, until a push knows it
 # The arguments in args.yaml that say how a run was trained; paths, what is logged and where it ran are left out.
 _RECIPE = (
@@ -75,6 +76,15 @@ _RECIPE_OF_SCHED: dict[Any, tuple[str, ...]] = {
 }
 
 
+def needs() -> str:
+    """Says what loads a card's model, and how to install it if the package's metadata has an address."""
+    text = f'needs the Python package timm_ela ({__version__})'
+    with suppress(PackageNotFoundError):
+        addresses = dict(url.split(', ') for url in metadata('timm-ela').get_all('Project-URL', []))
+        text += f': pip install git+{addresses["Repository"]}' if 'Repository' in addresses else ''
+    return text
+
+
 def card(data: ModelCardData, *sections: str) -> str:
     """Returns a card of front matter and Markdown sections; empty sections are left out."""
     return str(ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(filter(None, sections)) + '\n'))
@@ -93,7 +103,7 @@ def citation(*models: Model) -> str:
 
 
 def _usage(model: Model | None) -> str:
-    install = f'# {INSTALL}   so that timm knows {model.name}\n' if model else ''
+    install = f'# {needs()}\n' if model else ''
     return f"""\
 ## Use
 
