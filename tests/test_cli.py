@@ -142,11 +142,11 @@ def test_a_checkpoint_that_cannot_be_read_is_named(fails, write_run, tmp_path, m
 
 
 @pytest.mark.parametrize('args, told', [
-    (None, 'no args.yaml'),
-    ('model: [', 'args.yaml is not valid YAML'),
-    ('- 1', 'args.yaml names no model'),
+    (None, 'There is no '),
+    ('model: [', 'args.yaml: while parsing'),
+    ('- 1', 'args.yaml: it names no model'),
     (b'\xff\xfe\x81'.decode('latin1'), 'args.yaml'),
-    ('model: resnet18_ela_x', "knows no model 'resnet18_ela_x'"),
+    ('model: resnet18_ela_x', 'args.yaml: Unknown model (resnet18_ela_x)'),
     ('model: mobilenetv2_050_ela_t.graft_x', 'graft_x'),
     ('model: mobilenetv2_050_ela_b\nnum_classes: 3', 'not those of mobilenetv2_050_ela_b'),
     ('model: mobilenetv2_050\nnum_classes: 3', 'has 48 unexpected weights'),
@@ -164,7 +164,11 @@ def test_a_run_that_is_not_one_of_train_py_is_told_why(fails, write_run, tmp_pat
 @pytest.mark.parametrize('name, change, model, told', [
     (MODEL, lambda d: d, MODEL, "is a checkpoint of mobilenetv2_050_ela_t already"),
     ('mobilenetv2_100', lambda d: d, MODEL, 'must be one of the plain model'),
-    (PLAIN, lambda d: {'net': d}, MODEL, 'no state dict'),
+    (PLAIN, lambda d: {'epoch': 3, 'net': d}, MODEL, "holds 'epoch', 'net', and no state dict"),
+    (PLAIN, lambda d: {'model_state_dict': d}, MODEL, "holds 'model_state_dict', and no state dict"),
+    (PLAIN, lambda d: {'module': d}, MODEL, "holds 'module', and no state dict"),
+    (PLAIN, lambda d: {'state_dict': [1]}, MODEL, "holds 'state_dict', and no state dict"),
+    (PLAIN, lambda d: {1: 2}, MODEL, 'holds 1, and no state dict'),
     (PLAIN, lambda d: {}, MODEL, 'no state dict'),
     (PLAIN, lambda d: d, PLAIN, f"'{PLAIN}' is not a model of timm_ela"),
     (PLAIN, lambda d: d, 'resnet18_ela_x', "'resnet18_ela_x' is not a model of timm_ela"),
@@ -176,7 +180,7 @@ def test_weights_that_cannot_be_grafted_are_told_why(fails, tmp_path, name, chan
 
 
 @pytest.mark.parametrize('names, told', [
-    ('a\nb', 'holds 2 class names, the head has 3 outputs'), ('\xff', 'UTF-8'), (None, 'names.txt')])
+    ('a\nb', 'holds 2 class names, the head has 3 outputs'), ('\xff', 'utf-8'), (None, 'names.txt')])
 def test_class_names_must_be_as_many_as_the_heads_outputs(fails, write_run, tmp_path, names, told):
     folder = write_run(timm.create_model(MODEL, num_classes=3))
     if names is not None:
@@ -210,13 +214,13 @@ def test_what_cannot_be_pushed_is_told_before_the_hub_is_asked(fails, tmp_path, 
 @pytest.mark.parametrize('file, change, told', [
     ('model.safetensors', lambda data: b'', 'model.safetensors is truncated'),
     ('model.safetensors', lambda data: data[:-1], 'model.safetensors is truncated'),
-    ('config.json', lambda data: b'{', 'config.json cannot be read'),
+    ('config.json', lambda data: b'{', 'timm cannot load'),
     ('config.json', lambda data: b'{}', 'timm cannot load'),
     ('config.json', lambda data: data.replace(b'ela_t', b'ela_x'), 'ela_x'),
     ('config.json', lambda data: data.replace(b'ela_t', b'ela_b'), "'blocks.1.0.se.conv.weight' is"),
     ('config.json', lambda data: data.replace(b'"num_classes": 3', b'"num_classes": 4'), 'classifier.weight'),
     ('config.json', lambda data: data.replace(b'050_ela_t', b'050'), 'Unexpected key'),
-    ('README.md', lambda data: b'\xff' + data, 'README.md cannot be read'),
+    ('README.md', lambda data: b'\xff' + data, "README.md: 'utf-8' codec"),
 ])
 def test_a_folder_that_nobody_could_load_is_not_pushed(fails, write_run, tmp_path, monkeypatch, file, change, told):
     monkeypatch.setattr(push, 'get_token', lambda: 'hf_x')
@@ -226,14 +230,6 @@ def test_a_folder_that_nobody_could_load_is_not_pushed(fails, write_run, tmp_pat
     (out / file).write_bytes(change(before))
     assert (out / file).read_bytes() != before
     assert told in fails('push', out, 'me/x')
-
-
-def test_a_folder_that_timm_grafts_as_it_loads_may_be_pushed(tmp_path):
-    timm.models.save_for_hf(timm.create_model(PLAIN), tmp_path, safe_serialization=True)
-    config = tmp_path / 'config.json'
-    config.write_text(config.read_text().replace(PLAIN, MODEL))
-    (tmp_path / 'README.md').touch()
-    push._check_loads(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_neither_converted_nor_pushed(fails, tmp_path, monkeypatch):
@@ -260,10 +256,28 @@ def test_a_picture_that_does_not_decode_or_an_unknown_model_is_named(fails, tmp_
 @pytest.mark.parametrize('words, told', [
     (['train'], "'train'"), (['export', 'run'], 'out_dir'), (['list', '--jsn'], '--jsn'),
     (['convert', 'a.pth', 'out'], '--model'), (['list', 'vgg*'], "'vgg*'"), (['run', 'no.py', '-x'], 'no.py'),
-    (['plot', 'no.png', '--model', 'x'], 'no.png'), (['export', 'nothere', 'out'], 'There is no folder nothere'),
+    (['plot', 'no.png', '--model', 'x'], 'no.png'), (['export', 'nothere', 'out'], 'There is no nothere/args.yaml'),
 ], ids=' '.join)
 def test_a_line_that_is_not_understood_is_told_why(fails, words, told):
     assert told in fails(*words)
+
+
+@pytest.mark.parametrize('name', ['out', 'out of "two" words'])
+def test_the_commands_that_are_printed_can_be_typed(capsys, tmp_path, name):
+    plain = timm.create_model(PLAIN, num_classes=3)
+    torch.save(plain.state_dict(), tmp_path / 'c.pth')
+    cli.main(['convert', str(tmp_path / 'c.pth'), '--model', MODEL, str(tmp_path / name)])
+    words = shlex.split(capsys.readouterr().out.partition('Train it with: ')[2])
+    assert words == ['train.py', '--data-dir', 'DATA', '--model', f'local-dir:{tmp_path / name}', '--pretrained']
+    model = timm.create_model(words[-2], pretrained=True)
+    assert torch.equal(model.conv_stem.weight, plain.conv_stem.weight)
+
+
+def test_the_call_that_export_prints_loads_the_folder(capsys, write_run, tmp_path):
+    folder, out = write_run(timm.create_model(MODEL, num_classes=3)), tmp_path / "it's mine"
+    cli.main(['export', str(folder), str(out)])
+    call = capsys.readouterr().out.partition('Load it with: ')[2]
+    assert eval(call, {'timm': timm}).num_classes == 3
 
 
 def test_an_interruption_is_one_line_too(fails, monkeypatch):

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+import yaml
 from helpers import ROOT, run
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -38,14 +39,15 @@ def accuracy(folder: Path) -> float:
 def measured(folder: Path) -> list[float]:
     """Top-1 of the runs of this model with its seed and number of epochs, in the tables below weights_cards/studies."""
     tables = [pd.read_csv(path) for path in CARDS.glob('studies/**/*.csv')]
-    recipe = card(folder).partition('## Recipe')[2]
-    seed, epochs = (int(re.search(rf'--{key} (\d+)', recipe)[1]) for key in ('seed', 'epochs'))
+    args = yaml.safe_load((folder / 'args.yaml').read_text())
+    seed, epochs = args['seed'], args['epochs']
+    assert f'- Seed: {seed}\n' in card(folder) and f'- Epochs: {epochs}\n' in card(folder)
     rows = pd.concat(tables).query('model == @folder.stem and seed == @seed and epochs == @epochs')
     return list(rows.top1)
 
 
 def test_a_folder_is_what_a_repository_would_hold_and_small(folder):
-    assert {path.name for path in folder.iterdir()} == {'README.md', 'config.json', 'model.safetensors'}
+    assert {path.name for path in folder.iterdir()} == {'README.md', 'args.yaml', 'config.json', 'model.safetensors'}
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
 
 

@@ -62,15 +62,15 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from .hub.cards import start_command
+    from .hub.cards import train_command
     from .hub.publish import convert_checkpoint
 
     out_dir = convert_checkpoint(
         args.source, args.model, args.out_dir, tag=args.tag, ema=args.ema, class_names=args.class_names,
         license=args.license, force=args.force)
     config = json.loads((out_dir / 'config.json').read_text())
-    print(f'Wrote {out_dir}. Train it with: ' + start_command(
-        args.model, config['num_classes'], out_dir / 'model.safetensors', config['model_args']))
+    command = train_command(f'local-dir:{out_dir}', config['num_classes'], config['model_args']['in_chans'])
+    print(f'Wrote {out_dir}. Train it with: {command}')
 
 
 def _export_options(args: argparse.Namespace) -> dict:
@@ -82,7 +82,7 @@ def _export(args: argparse.Namespace) -> None:
     from .hub.publish import export_run
 
     out_dir = export_run(args.run_dir, args.out_dir, force=args.force, **_export_options(args))
-    print(f"Wrote {out_dir}. Load it with: timm.create_model('local-dir:{out_dir}', pretrained=True)")
+    print(f'Wrote {out_dir}. Load it with: timm.create_model({f"local-dir:{out_dir}"!r}, pretrained=True)')
 
 
 def _push(args: argparse.Namespace) -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from timm.models import get_arch_pretrained_cfgs
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_ela.hub.cards import card, card_data, citation, needs
+from timm_ela.hub.cards import card_data, citation, needs
 from timm_ela.layers.attn_layers import ATTN_LAYERS, ELSA
 from timm_ela.models.registry import MODELS, Counts, Model, read_counts
 
@@ -36,6 +37,11 @@ def write_counts(path: Path) -> None:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(['name', *Counts._fields])
         writer.writerows([name, *measure(name)] for name in (*BASES, *(m.base for m in ELSA_MODELS), *MODELS))
+
+
+def card(data: ModelCardData, *sections: str) -> str:
+    """Returns a card of front matter and Markdown sections."""
+    return str(ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(sections) + '\n'))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

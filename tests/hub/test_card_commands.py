@@ -1,7 +1,6 @@
-"""The commands in the card of a run: train.py's that trains as the run did, validate.py's that measures as it did."""
+"""What repeats a run: its args.yaml, published without what is local, and the validate.py command of its card."""
 import os
 import re
-import shlex
 import sys
 from functools import cache
 from pathlib import Path
@@ -11,104 +10,119 @@ import timm
 import yaml
 
 from timm_ela.hub.cards import run_card
-from timm_ela.hub.train_run import TrainRun
+from timm_ela.hub.publish import export_run
+from timm_ela.hub.train_run import TrainRun, published_args, write_args
 
 MODEL = 'mobilenetv2_050_ela_t'  # the smallest
 TRAIN_ARGS = yaml.safe_load(Path(__file__).with_name('train_args.yaml').read_text())
 TRAINED = {'top1': 70.5, 'top5': 95.25}
-
-# What says where a run ran, what it logged and saved, or what it was called, not how it trained.
-NOT_RECIPE = {
-    'data', 'data_dir', 'dataset_download', 'dataset_trust_remote_code', 'val_num_samples', 'resume', 'no_resume_opt',
-    'start_epoch', 'device', 'device_modules', 'local_rank', 'no_ddp_bb', 'dist_bn', 'synchronize_step', 'fuser',
-    'grad_checkpointing', 'torchscript', 'torchcompile', 'torchcompile_mode', 'model_ema_force_cpu', 'workers',
-    'worker_seeding', 'pin_mem', 'no_prefetcher', 'use_multi_epochs_loader', 'validation_batch_size', 'log_interval',
-    'val_interval', 'recovery_interval', 'checkpoint_hist', 'save_images', 'output', 'experiment', 'eval_metric', 'tta',
-    'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id', 'help',
-}
+# A run of ada's, with paths of her machine wherever train.py takes one.
+OF_ADA = {
+    'data': '/home/ada/flowers', 'data_dir': '/home/ada/flowers', 'output': '/home/ada/runs', 'experiment': 'ada-1',
+    'resume': '/home/ada/runs/last.pth.tar', 'no_resume_opt': True, 'start_epoch': 3, 'local_rank': 1,
+    'log_interval': 7, 'log_wandb': True, 'wandb_project': 'ada', 'wandb_tags': ['ada'], 'wandb_resume_id': 'ada',
+    'class_map': 'lists/ada/names.txt', 'initial_checkpoint': 'C:\\Users\\ada\\first.pth.tar',
+    'kd_model_name': 'local-dir:/home/ada/teacher', 'dataset': 'hfds//home/ada/flowers', 'opt_kwargs': {
+        'state': '~ada/state.pt', 'files': ['/home/ada/a.txt', '../ada/b.txt']}}
+LOCAL = {
+    'data', 'data_dir', 'output', 'experiment', 'resume', 'no_resume_opt', 'start_epoch', 'local_rank', 'log_interval',
+    'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id'}
 
 
 @pytest.fixture
-def train_parser(monkeypatch):
-    """The parser of timm's train.py."""
+def read_config(monkeypatch):
+    """What timm's train.py makes of `--config FILE --data-dir DATA`."""
     if 'TIMM_SCRIPTS' not in os.environ:
         pytest.skip('TIMM_SCRIPTS names no folder with train.py')
     monkeypatch.syspath_prepend(os.environ['TIMM_SCRIPTS'])
-    monkeypatch.setattr(sys, 'argv', ['train.py'])
-    return pytest.importorskip('train').parser
+    monkeypatch.delitem(sys.modules, 'train', raising=False)  # a config changes the defaults of its parser
+    train = pytest.importorskip('train')
 
-
-@cache
-def untrained():
-    return timm.create_model(MODEL)
-
-
-def read_recipe(parser, run):
-    """What train.py would read from the recipe of a run's card."""
-    text = run_card(untrained(), TrainRun(run, {}, False, 1, TRAINED), None)
-    command = text.split('## Recipe')[1].split('```bash\n')[1].split('```')[0].replace('\\\n', '')
-    return vars(parser.parse_args(shlex.split(command)[1:]))
+    def read(path: Path) -> dict[str, object]:
+        monkeypatch.setattr(sys, 'argv', ['train.py', '--config', str(path), '--data-dir', 'DATA'])
+        return vars(train._parse_args()[0])
+    return read
 
 
 @pytest.mark.parametrize('args', [
-    {}, {'no_aug': True, 'model_ema': True, 'model_ema_decay': 0.99}, {'amp': True, 'amp_dtype': 'bfloat16'},
-    {'lr': None, 'momentum': 0.0, 'clip_grad': 1.0},
-    {'val_split': 'test', 'sched_on_updates': True, 'head_init_scale': 0.01},
-    {'mean': [0.5, 0.5, 0.5], 'scale': [0.5, 1.0], 'opt_betas': [0.9, 0.95], 'model_kwargs': {'act_layer': 'silu'}},
-    {'cutmix': 1.0, 'mixup_prob': 0.5, 'mixup_off_epoch': 5},
+    {},
+    {'no_aug': True, 'model_ema': True, 'model_ema_decay': 0.99},
+    {'amp': True, 'amp_dtype': 'bfloat16', 'channels_last': True, 'device': 'cpu'},
+    {'lr': None, 'momentum': 0.0, 'clip_grad': 1.0, 'warmup_lr': 1e-06},
+    {'val_split': 'test', 'sched_on_updates': True, 'head_init_scale': 0.01, 'input_size': [1, 96, 128]},
+    {'mean': [0.5, 0.5, 0.5], 'scale': [0.5, 1.0], 'opt_betas': [0.9, 0.95], 'opt_kwargs': {'foreach': False}},
+    {'model_kwargs': {'note': 'two words', 'sizes': [3, 5], 'block_args': {'attn_layer': None}}},
+    {'cutmix': 1.0, 'cutmix_minmax': [0.2, 0.8], 'mixup_prob': 0.5, 'train_interpolation': '', 'val_split': ''},
     {'train_img_sizes': [96, 128], 'train_size_schedule': 'progressive', 'train_size_random_mix': 0.0},
-    {'train_interpolation': '', 'val_split': '', 'class_map': 'names.txt'},
-    {'sched': 'step', 'decay_epochs': 2.4, 'decay_rate': 0.97}, {'lr_cycle_limit': 3, 'lr_cycle_decay': 0.7},
+    {'sched': 'step', 'decay_epochs': 2.4, 'decay_rate': 0.97, 'lr_cycle_limit': 3, 'dataset': 'hfds/timm/flowers'},
+    {'split_bn': True, 'aug_splits': 2, 'jsd_loss': True, 'kd_model_name': 'hf-hub:timm/resnet18.a1_in1k'},
 ], ids=str)
-def test_the_recipe_is_what_train_py_would_read_as_this_run(train_parser, args):
+def test_train_py_reads_a_published_config_as_the_run(read_config, tmp_path, args):
     run = TRAIN_ARGS | args
-    read = read_recipe(train_parser, run)
-    assert {k for k in read if k not in {'data_dir'} and read[k] != run.get(k, train_parser.get_default(k))} == set()
+    write_args(run, tmp_path / 'args.yaml')
+    read = read_config(tmp_path / 'args.yaml')
+    assert {key for key in read if read[key] != run[key]} == {'data_dir'}
 
 
-def test_no_argument_of_train_py_that_changes_the_training_is_missing_in_the_recipe(train_parser):
-    counts = {  # only with these
-        'amp': True, 'bce_loss': True, 'clip_grad': 1.0, 'cutmix': 1.0, 'kd_model_name': 'resnet18', 'layer_decay': 0.9,
-        'lr_cycle_limit': 2, 'lr_noise': [0.5, 0.9], 'model_ema': True, 'naflex_loader': True, 'reprob': 0.5,
-        'train_img_sizes': [96, 128], 'lr': None}
-    schedules = {
-        'decay_epochs': 'step', 'decay_milestones': 'multistep', 'patience_epochs': 'plateau', 'decay_rate': 'poly'}
-    values = {  # the rest is any
-        'in_chans': 3, 'input_size': [3, 64, 64], 'model_kwargs': {'alpha': 7}, 'opt_kwargs': {'beta': 7}}
-    missing = set()
-    for action in train_parser._actions:
-        name, of = action.dest, action.type or str
-        value = action.choices[-1] if action.choices else not action.default if action.nargs == 0 else of('7')
-        value = values.get(name, [value] if action.nargs == '+' else value)
-        run = TRAIN_ARGS | counts | {'sched': schedules.get(name, 'cosine')} | {name: value}
-        if name not in NOT_RECIPE and read_recipe(train_parser, run)[name] != value:
-            missing.add(name)
-    assert missing == set()
+def test_train_py_repeats_an_exported_run_from_its_config(read_config, write_run, tmp_path):
+    run = write_run(timm.create_model(MODEL, num_classes=3), **OF_ADA)
+    expected = yaml.safe_load((run / 'args.yaml').read_text())
+    read = read_config(export_run(run, tmp_path / 'out') / 'args.yaml')
+    files = {'class_map', 'initial_checkpoint', 'kd_model_name', 'dataset', 'opt_kwargs'}  # their bare names
+    assert {key for key in read if read[key] != expected[key]} == LOCAL | files
 
 
-def test_the_recipe_tells_no_path_of_the_machine(tmp_path):
-    folder = tmp_path / 'out'
-    text = run_card(untrained(), TrainRun(TRAIN_ARGS | {
-        'model': f'local-dir:{folder}', 'class_map': '/my/names.txt', 'initial_checkpoint': '/my/last.pth.tar'},
-        {}, False, 1, TRAINED), None)
-    assert str(folder.parent) not in text and '/my' not in text
-    assert f'--model local-dir:{folder.name} ' in text
-    assert text.count('--class-map names.txt') == 2 and '--initial-checkpoint last.pth.tar' in text
+def test_a_published_config_has_every_other_argument_and_bare_names():
+    published = published_args(TRAIN_ARGS | OF_ADA | {'model': 'local-dir:/home/ada/first/'})
+    assert TRAIN_ARGS.keys() - published.keys() == LOCAL
+    changed = {key: value for key, value in published.items() if value != TRAIN_ARGS[key]}
+    assert changed == {
+        'model': 'local-dir:first', 'kd_model_name': 'local-dir:teacher', 'dataset': 'hfds/flowers',
+        'class_map': 'names.txt', 'initial_checkpoint': 'first.pth.tar',
+        'opt_kwargs': {'state': 'state.pt', 'files': ['a.txt', 'b.txt']}}
+    assert published_args(published) == published
+
+
+@pytest.mark.parametrize('args', [
+    {'dataset': 'hfds/timm/oxford-iiit-pet'}, {'dataset': 'torch/cifar10'}, {'model': 'hf-hub:timm/resnet18.a1_in1k'},
+    {'kd_model_name': 'resnet50.a1_in1k'}, {'aa': 'rand-m9-mstd0.5-inc1'}, {'model_kwargs': {'note': 'a/b'}}], ids=str)
+def test_a_name_that_is_no_path_stays_as_it_is(args):
+    assert published_args(args) == args
+
+
+def test_an_export_tells_no_path_and_no_user_of_the_machine(write_run, tmp_path):
+    run = write_run(timm.create_model(MODEL, num_classes=3), **OF_ADA)
+    folder = export_run(run, tmp_path / 'out')
+    for name in ('args.yaml', 'README.md', 'config.json'):
+        text = (folder / name).read_text(encoding='utf-8')
+        assert 'ada' not in re.findall(r'[a-z]+', text) and str(tmp_path) not in text
+        assert re.findall(r"""(?:^|[\s'"`])(?:~|[/\\]|[A-Z]:)[\w/\\]+""", text) == []
+    assert 'It needs files that are not published here: `names.txt`, `first.pth.tar`.' in text_of_card(folder)
+
+
+def text_of_card(folder: Path) -> str:
+    return (folder / 'README.md').read_text(encoding='utf-8')
+
+
+@cache
+def untrained(in_chans: int):
+    return timm.create_model(MODEL, in_chans=in_chans)
 
 
 @pytest.mark.parametrize('args, words', [
     ({}, ''), ({'input_size': [3, 64, 64]}, ''),
     ({'in_chans': 1, 'mean': [0.5], 'std': [0.25]}, '--in-chans 1'), ({'input_size': [1, 64, 64]}, '--in-chans 1'),
-    ({'class_map': '/my/names.txt'}, '--class-map names.txt'),
+    ({'class_map': '/my/two names.txt'}, "--class-map 'two names.txt'"),
     ({'dataset': 'hfds/a/b', 'input_key': 'img', 'target_key': 'label'},
      '--dataset hfds/a/b --input-key img --target-key label'),
     ({'val_num_samples': 50, 'model_dtype': 'bfloat16', 'fast_norm': True},
-     '--num-samples 50 --model-dtype bfloat16 --fast-norm'),
+     '--model-dtype bfloat16 --fast-norm --num-samples 50'),
     ({'amp': True, 'amp_dtype': 'bfloat16'}, '--amp --amp-dtype bfloat16'),
 ], ids=str)
 def test_the_command_in_a_card_measures_what_train_py_measured(args, words):
-    model = timm.create_model(MODEL, in_chans=1 if '--in-chans' in words else 3)
-    text = run_card(model, TrainRun(TRAIN_ARGS | args, {}, False, 1, TRAINED), None)
+    channels = 1 if '--in-chans' in words else 3
+    run = TrainRun(TRAIN_ARGS | args, {}, False, 1, TRAINED)
+    text = run_card(untrained(channels), run, (channels, 64, 64), None)
     [command] = re.findall(r'^validate\.py (.*)$', text, re.MULTILINE)
     assert command == ' '.join(filter(None, [
         '--data-dir DATA', words, '--split validation --model hf-hub:OWNER/NAME --pretrained']))

@@ -9,7 +9,7 @@ import timm
 from helpers import run_python
 
 from timm_ela.hub import publish
-from timm_ela.hub.publish import FILES, convert_checkpoint, export_run
+from timm_ela.hub.publish import ALL_FILES, FILES, convert_checkpoint, export_run
 
 MODEL = 'mobilenetv2_050_ela_t'  # the smallest
 
@@ -54,7 +54,7 @@ def test_an_existing_folder_is_written_into(train_run, tmp_path, monkeypatch):
     inode = out.stat().st_ino
     monkeypatch.chdir(out)
     export_run(train_run, '.')
-    assert out.stat().st_ino == inode and set(os.listdir('.')) == set(FILES)
+    assert out.stat().st_ino == inode and set(os.listdir('.')) == set(ALL_FILES)
 
 
 def test_a_mount_point_is_written_into(train_run, tmp_path):
@@ -65,7 +65,7 @@ def test_a_mount_point_is_written_into(train_run, tmp_path):
     try:
         (out / 'lost+found').mkdir()  # as a new disk has it
         export_run(train_run, out)
-        assert set(os.listdir(out)) == {*FILES, 'lost+found'}
+        assert set(os.listdir(out)) == {*ALL_FILES, 'lost+found'}
     finally:
         subprocess.run(['umount', out], check=True)
 
@@ -76,7 +76,7 @@ def test_force_replaces_an_export_and_nothing_else(train_run, tmp_path):
     with pytest.raises(FileExistsError, match='--force replaces an export'):
         export_run(train_run, out)
     export_run(train_run, out, force=True, tag='second')
-    assert set(os.listdir(out)) == set(FILES) and os.listdir(out.parent) == ['out']
+    assert set(os.listdir(out)) == set(ALL_FILES) and os.listdir(out.parent) == ['out']
     assert timm.create_model(f'local-dir:{out}', pretrained=True).pretrained_cfg['tag'] == 'second'
 
     (out / 'mine.txt').touch()
@@ -132,7 +132,7 @@ def test_of_two_exports_at_the_same_time_the_second_fails(train_run, tmp_path, m
 
     monkeypatch.setattr(publish, 'run_card', with_another)
     export_run(train_run, out, tag='first')
-    assert set(os.listdir(out)) == set(FILES)
+    assert set(os.listdir(out)) == set(ALL_FILES)
     assert timm.create_model(f'local-dir:{out}', pretrained=True).pretrained_cfg['tag'] == 'first'
 
 
@@ -196,7 +196,7 @@ for before in ('nothing', 'an export'):
 '''
 
 
-@pytest.mark.parametrize('place, new, replaced', [('open', 1, 1), ('os.rename', 3, 6)], ids=['written', 'moved'])
+@pytest.mark.parametrize('place, new, replaced', [('open', 1, 1), ('os.rename', 4, 8)], ids=['written', 'moved'])
 def test_wherever_a_signal_strikes_the_folder_stays_as_it_was(train_run, tmp_path, place, new, replaced):
     """SIGTERM, SIGINT and SIGHUP in turn. Files that are replaced are moved away first."""
     done = run_python(INTERRUPTED, train_run, tmp_path / 'out', place, 'heeded')
@@ -204,10 +204,10 @@ def test_wherever_a_signal_strikes_the_folder_stays_as_it_was(train_run, tmp_pat
         f'nothing: {new}', f'an export: {replaced}']
     said = [line for line in done.stderr.splitlines() if 'error' in line]
     assert said == ['timm-ela export: error: interrupted; nothing was written'] * (new + replaced)
-    assert set(listing(tmp_path / 'out')) == {*FILES}
+    assert set(listing(tmp_path / 'out')) == {*ALL_FILES}
 
 
 def test_a_signal_that_is_ignored_stays_ignored_as_nohup_asks(train_run, tmp_path):
     done = run_python(INTERRUPTED, train_run, tmp_path / 'out', 'os.rename', 'ignored')
     assert 'nothing: 0' in done.stdout and 'interrupted' not in done.stderr
-    assert set(listing(tmp_path / 'out')) == {*FILES}
+    assert set(listing(tmp_path / 'out')) == {*ALL_FILES}

@@ -1,5 +1,6 @@
 """A run of train.py or a plain checkpoint -> a folder -> `timm.create_model('local-dir:FOLDER', pretrained=True)`."""
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,14 +10,15 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
-from timm.models import load_checkpoint
+from timm.layers import convert_splitbn_model
+from timm.models import load_checkpoint, load_state_dict
 from torch import nn
 
 from timm_ela.hub import push
 from timm_ela.hub.publish import convert_checkpoint, export_run
 
 MODEL, PLAIN = 'mobilenetv2_050_ela_t', 'mobilenetv2_050'  # the smallest
-FILES = {'model.safetensors', 'config.json', 'README.md'}
+FILES = {'model.safetensors', 'config.json', 'README.md'}  # of a converted checkpoint; a run has args.yaml as well
 NAMES = ['rose', 'tulip', 'água', '日本', 'a b', 'x', 'y']
 TRAINED = {'top1': 70.5, 'top5': 95.25}  # what write_run measured on model_best.pth.tar
 
@@ -72,7 +74,7 @@ def test_an_exported_run_comes_back_with_equal_weights_and_logits(new_model, wri
     loaded = load(folder)
     assert have_equal_weights(model, loaded) and give_equal_logits(model, loaded)
     assert (loaded.num_classes, loaded.in_chans) == (model.num_classes, model.in_chans)
-    assert {path.name for path in folder.iterdir()} == FILES
+    assert {path.name for path in folder.iterdir()} == FILES | {'args.yaml'}
     assert 'num_classes' not in json.loads((folder / 'config.json').read_text())['model_args']
 
 
@@ -112,13 +114,30 @@ def test_the_weights_are_those_that_were_measured(
     assert ('moving average' in card(folder).text) == (weights == 'average')
 
 
-def test_an_accuracy_that_was_measured_on_training_images_too_is_left_out(new_model, write_run, tmp_path, caplog):
-    (tmp_path / 'data' / 'train' / 'a').mkdir(parents=True)
+@pytest.mark.parametrize('files, kept', [
+    ([], True),  # the folder was emptied since
+    (['train/a/'], True),
+    (['train/a/1.png'], False),
+    (['a/1.png'], False),
+    (['train/a/1.png', 'val/'], True),  # a name that timm takes for it
+])
+def test_an_accuracy_that_was_measured_on_training_images_too_is_left_out(
+        new_model, write_run, tmp_path, caplog, files, kept):
+    for file in ['', *files]:
+        path = tmp_path / 'data' / file
+        (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            path.touch()
     run = write_run(new_model(), data_dir=str(tmp_path / 'data'))
-    assert metrics(export_run(run, tmp_path / 'out')) == {}
-    assert "no 'validation': train.py measured the accuracy on training images too" in caplog.text
-    (tmp_path / 'data' / 'val').mkdir()  # a name that timm takes for it
-    assert metrics(export_run(run, tmp_path / 'again')) == TRAINED
+    assert metrics(export_run(run, tmp_path / 'out')) == (TRAINED if kept else {})
+    assert ("no 'validation': train.py measured the accuracy on training images too" in caplog.text) != kept
+
+
+def test_a_run_with_split_batch_norm_is_exported_as_the_model_that_was_validated(new_model, write_run, tmp_path):
+    model = convert_splitbn_model(new_model(), 2)
+    loaded = load(export_run(write_run(model, split_bn=True, aug_splits=2), tmp_path / 'out'))
+    assert any('aux_bn' in key for key in model.state_dict()) and not any('aux_bn' in k for k in loaded.state_dict())
+    assert give_equal_logits(model, loaded)
 
 
 @pytest.mark.parametrize('row, measured', [
@@ -155,18 +174,36 @@ def test_the_base_model_and_its_licence_are_those_of_the_weights_that_the_run_be
     assert (data.base_model, data.license) == (base, license)
 
 
-def test_the_card_is_a_valid_model_card_with_recipe_and_versions(exported):
-    folder = exported(data_dir='/gone/flowers', smoothing=0.0, lr=0.002, no_aug=True, hflip=0.5)
+@pytest.mark.parametrize('split', [None, '', 'test'])
+def test_the_card_is_a_valid_model_card_with_the_split_and_the_versions(exported, split):
+    folder = exported(data_dir='/gone/flowers', val_split=split)
     data, text = card(folder).data, card(folder).text
     assert (data.library_name, data.pipeline_tag, data.model_name) == (
         'timm', 'image-classification', f'{MODEL} on flowers')
     assert {'timm', 'ela'} <= set(data.tags)
     assert {(r.dataset_name, r.dataset_split, r.metric_type) for r in data.eval_results} == {
-        ('flowers', 'validation', 'accuracy')}
-    assert 'epoch 1' in text and '70.50 %' in text and '64 x 64' in text
-    assert '--smoothing 0.0' in text and '--lr 0.002' in text and '--no-aug' in text  # train.py's default smoothes
-    assert '--hflip' not in text and '/gone' not in text
-    assert timm.__version__ in text and torch.__version__ in text
+        ('flowers', split or 'validation', 'accuracy')}
+    assert f'On the {split or "validation"} split, after epoch 1 ' in text and '70.50 %' in text and '64 x 64' in text
+    assert f'timm {timm.__version__}, torch {torch.__version__}' in text
+    assert '\n\n\n' not in text and '{' not in text.split('```bibtex')[0]
+
+
+@pytest.mark.parametrize('args, lines', [
+    ({}, ['Epochs: 8', 'Batch size: 64', 'Optimizer: adamw', 'Learning rate: 0.002', 'Schedule: cosine', 'Seed: 42',
+          'Image size: 64 x 64', 'Augmentation: scale [0.08, 1.0], ratio [0.75, 1.3333333333333333], hflip 0.5, '
+          'color_jitter 0.4']),
+    ({'lr': None, 'grad_accum_steps': 4}, ['Learning rate: 0.1 for a batch of 256', 'Batch size: 64 x 4']),
+    ({'train_img_sizes': [96, 128]}, ['Image size: 96, 128']),
+    ({'no_aug': True}, ['Augmentation: none']),
+    ({'no_aug': True, 'mixup': 0.2, 'cutmix': 1.0}, ['Augmentation: mixup 0.2, cutmix 1.0']),
+    ({'aa': 'rand-m9', 'scale': None, 'ratio': None, 'color_jitter': None}, ['Augmentation: hflip 0.5, aa rand-m9']),
+], ids=str)
+def test_the_card_shows_eight_values_of_the_recipe_and_links_the_rest(exported, args, lines):
+    recipe = card(exported(**args)).text.split('## Recipe\n\n')[1]
+    bullets, rest = recipe.split('\n\n', 1)
+    assert len(bullets.splitlines()) == 8 and {f'- {line}' for line in lines} <= set(bullets.splitlines())
+    assert rest.startswith('[args.yaml](./args.yaml) ')
+    assert '\ntrain.py --config args.yaml --data-dir DATA\n' in rest
 
 
 def test_a_second_stage_keeps_the_licence_of_the_folder_that_it_began_with(new_model, write_run, tmp_path):
@@ -244,7 +281,7 @@ def test_a_pushed_card_names_its_repository(exported, monkeypatch):
     assert push.push_folder(folder, 'me/flowers') == 'url'
     own = (folder / 'README.md').read_bytes()
     assert pushed.pop('README.md') == own.replace(b'hf-hub:OWNER/NAME', b'hf-hub:me/flowers') != own
-    assert pushed == {name: (folder / name).read_bytes() for name in ('model.safetensors', 'config.json')}
+    assert pushed == {name: (folder / name).read_bytes() for name in ('model.safetensors', 'config.json', 'args.yaml')}
 
 
 # Plain checkpoints
@@ -283,28 +320,44 @@ def test_a_converted_run_is_tested_at_the_size_of_the_run_and_another_checkpoint
     assert size == {'run': (3, 224, 224), 'weights': (3, 288, 288)}
 
 
-@pytest.mark.parametrize('kwargs, words', [
-    ({}, ''), ({'in_chans': 1}, '--in-chans 1'), ({'global_pool': 'max'}, '--gp max'),
-    ({'act_layer': 'silu', 'bn_eps': 0.1}, '--bn-eps 0.1 --model-kwargs act_layer=silu'),
-], ids=str)
-def test_the_command_in_the_card_builds_the_model_that_was_written(new_model, tmp_path, kwargs, words):
+@pytest.mark.parametrize('kwargs', [
+    {}, {'in_chans': 1}, {'global_pool': 'max'}, {'act_layer': 'silu', 'bn_eps': 0.1}, {'num_classes': 0}], ids=str)
+def test_the_command_in_the_card_builds_the_model_that_was_written(new_model, tmp_path, kwargs, caplog):
+    plain = new_model(PLAIN, **kwargs)
     args = {'gp': kwargs.get('global_pool'), 'bn_eps': kwargs.get('bn_eps'), 'model_kwargs': {
         k: v for k, v in kwargs.items() if k == 'act_layer'}}
-    torch.save({'state_dict': new_model(PLAIN, **kwargs).state_dict(), 'args': Namespace(model=PLAIN, **args)},
-               tmp_path / 'plain.pth.tar')
+    torch.save({'state_dict': plain.state_dict(), 'args': Namespace(model=PLAIN, **args)}, tmp_path / 'plain.pth.tar')
     folder = convert_checkpoint(tmp_path / 'plain.pth.tar', MODEL, tmp_path / 'out')
-    assert ' '.join(filter(None, [
-        f'train.py --model {MODEL} --num-classes 7', words, '--initial-checkpoint model.safetensors ...',
-    ])) in card(folder).text
-    fresh = timm.create_model(MODEL, num_classes=7, **kwargs)
-    load_checkpoint(fresh, folder / 'model.safetensors', strict=True)
-    assert give_equal_logits(fresh, load(folder))
+    [command] = re.findall(r'^train\.py (.*)$', card(folder).text, re.MULTILINE)
+    options = {'in_chans': '--in-chans 1', 'num_classes': '--num-classes N'}
+    assert command == ' '.join([
+        '--data-dir DATA --model hf-hub:OWNER/NAME --pretrained', *(options[k] for k in kwargs if k in options)])
+    # What train.py makes of these options. Without a classifier it makes a new one.
+    made = timm.create_model(
+        f'local-dir:{folder}', pretrained=True, in_chans=kwargs.get('in_chans', 3), num_classes=None, drop_rate=0.0,
+        drop_path_rate=None, drop_block_rate=None, global_pool=None, bn_momentum=None, bn_eps=None, scriptable=False,
+        checkpoint_path='')
+    assert give_equal_logits(plain, made)
+    if 'num_classes' in kwargs:
+        assert made.num_classes == 0 and 'no classifier: the model is written without one' in caplog.text
+        made = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=5).eval()
+        x = torch.randn(1, 3, 48, 64)
+        assert made(x).shape == (1, 5)
+        assert torch.equal(made.forward_features(x), plain.eval().forward_features(x))
 
 
-def test_a_checkpoint_without_a_classifier_becomes_a_model_without_one(new_model, tmp_path, caplog):
-    plain = new_model(PLAIN, num_classes=0)
-    torch.save(plain.state_dict(), tmp_path / 'headless.pth')
-    model = load(convert_checkpoint(tmp_path / 'headless.pth', MODEL, tmp_path / 'out'))
-    assert model.num_classes == 0 and give_equal_logits(plain, model)
-    assert 'no classifier: the model is written without one' in caplog.text
-    assert '--num-classes N --pretrained --pretrained-path model.safetensors' in card(tmp_path / 'out').text
+@pytest.mark.parametrize('ema', [True, False])
+@pytest.mark.parametrize('container', [
+    lambda raw, average: {'state_dict': raw, 'state_dict_ema': average, 'epoch': 3},
+    lambda raw, average: {'model': raw, 'model_ema': average, 'args': Namespace(model=PLAIN, input_size=224)},
+    lambda raw, average: {'model': raw, 'args': Namespace(data_path='x', interpolation='bilinear'), 'model_ema': {
+        'n_averaged': torch.tensor(5), **{f'module.{k}': v for k, v in average.items()}}},
+], ids=['train.py', 'DeiT and ConvNeXt', 'torchvision'])
+def test_of_raw_weights_and_their_average_the_average_is_taken_or_what_is_asked_for(
+        new_model, tmp_path, container, ema):
+    raw, average = new_model(PLAIN), new_model(PLAIN)
+    torch.save(container(raw.state_dict(), average.state_dict()), tmp_path / 'c.pth')
+    model = load(convert_checkpoint(tmp_path / 'c.pth', MODEL, tmp_path / 'out', ema=ema))
+    assert give_equal_logits(model, average if ema else raw)
+    wanted = load_state_dict(tmp_path / 'c.pth', use_ema=ema)  # timm's own reader, as --pretrained-path has it
+    assert torch.equal(model.conv_stem.weight, wanted['conv_stem.weight'])

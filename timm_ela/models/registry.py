@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..layers.attn_layers import ATTN_LAYERS, AttnLayer
 
 GRAFT = 'graft_'  # prefix of the tags whose weights are a plain model's
-_OF_WEIGHTS = ('architecture', 'tag', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
+# Fields of a cfg that tell of its weights, not of the model.
+WEIGHTS_INFO = ('license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
 
 class Model(NamedTuple):
@@ -65,7 +66,7 @@ def make_default_cfgs(models: Iterable[Model]) -> dict[str, DefaultCfg]:
                 for cfg in get_arch_pretrained_cfgs(model.base).values() if cfg.hf_hub_id}
         else:
             cfg = get_pretrained_cfg(model.base).to_dict(remove_source=True)
-            cfgs[model.name] = {k: v for k, v in cfg.items() if k not in _OF_WEIGHTS}
+            cfgs[model.name] = {k: v for k, v in cfg.items() if k not in ('architecture', 'tag', *WEIGHTS_INFO)}
     return generate_default_cfgs(cfgs)
 
 
