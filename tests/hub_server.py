@@ -1,8 +1,8 @@
 """A small Hugging Face Hub on 127.0.0.1, so that the tests push and pull with the real, unmodified clients.
 
-It answers what huggingface_hub (1.33 and 2.4) asks in a push and a pull of a model: create, preupload, LFS, commit,
-resolve, model info and tree, with tokens, private repositories and the Hub's own error headers; large files go by LFS,
-or by Xet. It shows that the client side works; the real Hub's quotas and metadata rules it does not show.
+It answers what huggingface_hub (1.33 and 2.4) asks in a push and a pull of a model: create, delete, preupload, LFS,
+commit, resolve, model info and tree, with tokens, private repositories and the Hub's own error headers; large files go
+by LFS, or by Xet. It shows that the client side works; the real Hub's quotas and metadata rules it does not show.
 """
 
 import base64
@@ -58,6 +58,7 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []  # 'METHOD /path', in order
         self.faults: list[dict] = []
+        self.private_by_default = False  # what an organization may set
         (self.root / 'xet').mkdir(parents=True)
 
     def __enter__(self) -> 'Hub':
@@ -187,7 +188,7 @@ class Request(BaseHTTPRequestHandler):
         except Refusal as refusal:
             self.answer(refusal.body, refusal.headers, refusal.status)
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def answer(self, body: bytes | dict | list = b'', headers: dict[str, str] | None = None, status: int = 200):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -230,8 +231,18 @@ class Request(BaseHTTPRequestHandler):
         self.check_writable(repo)
         if repo in self.hub.repos:
             raise Refusal(409, 'You already created this model repo', url=f'{self.hub.url}/{repo}')
-        self.hub.add_repo(repo, {}, private=wanted.get('private') or wanted.get('visibility') == 'private')
+        asked = wanted.get('private', {'private': True, 'public': False}.get(wanted.get('visibility')))
+        self.hub.add_repo(repo, {}, private=self.hub.private_by_default if asked is None else asked)
         self.answer({'url': f'{self.hub.url}/{repo}'})
+
+    @route('DELETE', '/api/repos/delete')
+    def delete(self):
+        wanted = json.loads(self.body)
+        repo = f'{wanted.get("organization") or self.user}/{wanted["name"]}'
+        self.check_readable(repo)
+        self.check_writable(repo)
+        del self.hub.repos[repo]
+        self.answer()
 
     @route('POST', '/api/models/{repo}/preupload/{revision}')
     def preupload(self, repo: str, revision: str):

@@ -129,8 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name, help=help, description=f'{help[0].upper()}{help[1:]}.', epilog=f'example: timm-ela {name} {example}',
             parents=[common, *parents])
-        left = 'the repository is as it was before, or complete' if name == 'push' else 'nothing was written'
-        sub.set_defaults(function=function, left=left)
+        sub.set_defaults(function=function)
         return sub
 
     sub = command(_list, 'list', 'list the models', '"resnet50*" --tags')
@@ -210,10 +209,10 @@ def main(argv: list[str] | None = None) -> None:
         for number in signals:
             signal.signal(number, signal.SIG_DFL)
         return
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if args.debug:
             raise
-        line = f'interrupted; {args.left}'
+        line = f'interrupted; {str(error) or "nothing was written"}'
     except Exception as error:  # the outermost place: every error becomes one line
         if args.debug:
             raise

@@ -111,7 +111,7 @@ def hub(port, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, randomize) -> Path:
-    """A folder to push: random weights for 7 classes, non-square input, a mean and std of its own; and a pickle."""
+    """A folder of three files to push: random weights for 7 classes, non-square input, mean and std; and a pickle."""
     model = randomize(timm.create_model(MODEL, num_classes=CLASSES))
     save_for_hf(model, tmp_path / 'folder', data_config=DATA, safe_serialization='both')
     (tmp_path / 'folder' / 'README.md').write_text('---\nlibrary_name: timm\n---\n# A model\n')
@@ -176,7 +176,23 @@ def test_a_run_of_training_is_pushed_as_it_is(hub, client, pusher, folder, tmp_p
     run = pusher.push(tmp_path / 'run')
     assert run.returncode == 0, run.stderr
     assert client.run(pulls_equal(folder), tmp_path)
+    assert set(hub.files('owner/model')) == {
+        '.gitattributes', 'README.md', 'args.yaml', 'config.json', 'model.safetensors'}
     assert b'62.5' in hub.files('owner/model')['README.md']
+
+
+def test_args_beside_a_model_are_published_without_what_is_local(hub, pusher, folder):
+    args = {'model': MODEL, 'data_dir': '/home/me', 'class_map': '/my/a.txt'}
+    (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    assert pusher.push(folder).returncode == 0
+    assert yaml.safe_load(hub.files('owner/model')['args.yaml']) == {'model': MODEL, 'class_map': 'a.txt'}
+
+
+def test_a_folder_that_timm_grafts_as_it_loads_is_pushed(hub, pusher, folder):
+    save_for_hf(timm.create_model(PLAIN), folder, safe_serialization=True)
+    config = folder / 'config.json'
+    config.write_text(config.read_text().replace(PLAIN, MODEL))
+    assert pusher.push(folder).returncode == 0
 
 
 def test_a_push_is_one_commit_without_pickles(hub, pusher, folder):
@@ -185,7 +201,13 @@ def test_a_push_is_one_commit_without_pickles(hub, pusher, folder):
     assert len(hub.pushes('owner/model')) == 1
     assert set(hub.files('owner/model')) == {'.gitattributes', 'README.md', 'config.json', 'model.safetensors'}
     assert hub.files('owner/model')['model.safetensors'] == (folder / 'model.safetensors').read_bytes()
-    assert not hub.repos['owner/model'].private
+
+
+@pytest.mark.parametrize('private', [False, True])
+def test_without_private_a_new_repository_is_as_its_owner_has_set(hub, pusher, folder, private):
+    hub.private_by_default = private
+    assert pusher.push(folder).returncode == 0
+    assert hub.repos['owner/model'].private == private
 
 
 # Who may do what
@@ -261,26 +283,64 @@ def test_a_push_to_no_hub_says_so(hub, pusher, folder):
     assert 'owner/model' in line and 'refused' in line
 
 
-@pytest.mark.parametrize('faults, reason', [
+FAULTS = pytest.mark.parametrize('faults, reason', [
     ([('POST /api/repos/create', 500)], '500'),
     ([('PUT /lfs', 'cut', 1), ('PUT /lfs', 403)], '403'),  # a cut alone is tried again for 23 seconds
     ([('POST .*/commit/', 'cut')], 'disconnected'),
-    ([('POST .*/commit/', 500)], '500'),
+    ([('POST .*/commit/', 403)], '403'),
 ], ids=['down', 'upload cut', 'commit cut', 'commit refused'])
-def test_a_push_broken_off_publishes_nothing_and_can_be_repeated(hub, pusher, folder, faults, reason):
+
+
+@FAULTS
+def test_a_push_broken_off_leaves_no_repository_and_can_be_repeated(hub, pusher, folder, faults, reason):
     for fault in faults:
         hub.fail(*fault)
     line = error_line(pusher.push(folder))
-    assert 'owner/model' in line and reason in line and 'same command again' in line
-    assert hub.pushes('owner/model') == []
+    assert 'owner/model' in line and reason in line and 'as it was before, or complete' in line
+    assert hub.repos == {}
     hub.faults.clear()
     assert pusher.push(folder).returncode == 0
     assert len(hub.pushes('owner/model')) == 1
 
 
-def test_a_push_whose_answer_is_lost_is_not_pushed_twice(hub, pusher, folder):
+@FAULTS
+@pytest.mark.parametrize('files', [{}, {'README.md': b'mine'}], ids=['empty', 'used'])
+def test_a_push_broken_off_leaves_a_repository_that_existed_as_it_was(hub, pusher, folder, faults, reason, files):
+    hub.add_repo('owner/model', files)
+    before = hub.files('owner/model')
+    for fault in faults:
+        hub.fail(*fault)
+    assert reason in error_line(pusher.push(folder))
+    assert hub.files('owner/model') == before
+    assert not [request for request in hub.requests if request.startswith('DELETE')]
+
+
+def test_a_repository_that_cannot_be_deleted_again_is_named(hub, pusher, folder):
+    hub.fail('POST .*/commit/', 403)
+    hub.fail('DELETE', 403)
+    line = error_line(pusher.push(folder))
+    assert 'was created and may be empty' in line and 'as it was before' not in line
+    assert hub.pushes('owner/model') == [] and 'owner/model' in hub.repos
+
+
+@pytest.mark.parametrize('created', [True, False])
+def test_an_interrupted_push_leaves_what_was_there_before(hub, pusher, folder, created):
+    if not created:
+        hub.add_repo('owner/model', {'README.md': b'mine'})
+    code, out, err = pusher.run(f"""
+from huggingface_hub import HfApi
+upload, HfApi.upload_folder = HfApi.upload_folder, lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+result = command('push', '{folder}', 'owner/model')
+HfApi.upload_folder = upload""", folder, OWNER)
+    assert code == 2 and err.endswith('error: interrupted; the repository is as it was before, or complete\n')
+    assert hub.repos == {} if created else hub.files('owner/model')['README.md'] == b'mine'
+
+
+def test_a_push_whose_answer_is_lost_is_kept_and_not_pushed_twice(hub, pusher, folder):
     hub.fail('POST .*/commit/', 'lost', times=1)
-    assert 'Nothing was published' not in error_line(pusher.push(folder))
+    assert 'or complete' in error_line(pusher.push(folder))
+    assert len(hub.pushes('owner/model')) == 1
     assert pusher.push(folder).returncode == 0
     assert len(hub.pushes('owner/model')) == 1
 

@@ -6,11 +6,14 @@ from typing import Any
 
 import timm
 from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from .cards import PLACEHOLDER
 from .publish import FILES, check_finite, export_run
 from .train_run import errors_name, read_args, read_checkpoint, write_args
+
+_AS_BEFORE = 'the repository is as it was before, or complete'
 
 
 def is_run(folder: str | Path) -> bool:
@@ -42,6 +45,26 @@ def _copy(folder: Path, target: Path, repo_id: str) -> None:
         write_args(read_args(folder), target / 'args.yaml')
 
 
+def _create_repo(api: HfApi, repo_id: str, private: bool) -> bool:
+    """Creates a repository unless it exists. True if it did not."""
+    try:
+        api.create_repo(repo_id, private=private or None)  # None leaves it to the owner's settings
+        return True
+    except HfHubHTTPError:  # it exists, or the token may write to it and create no other
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        return False
+
+
+def _delete_if_empty(api: HfApi, repo_id: str) -> str:
+    """Deletes a repository, unless a commit arrived whose answer was lost. Says what is left."""
+    try:
+        if set(api.list_repo_files(repo_id)) <= {'.gitattributes'}:
+            api.delete_repo(repo_id)
+    except Exception as error:  # the Hub's errors and its HTTP client's have no common base
+        return f'the repository was created and may be empty, since it cannot be deleted ({error})'
+    return _AS_BEFORE
+
+
 def push_run(run_dir: str | Path, repo_id: str, *, private: bool = False, **options: Any) -> str:
     """Exports a run of train.py into a temporary folder, with the options of `export_run`, and pushes that folder."""
     _check_access(repo_id)  # before the export, which takes longer
@@ -54,28 +77,31 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False) -> s
 
     Args:
         repo_id: 'OWNER/NAME' on the Hub; created if it does not exist.
-        private: Whether the repository must be private.
+        private: Whether the repository must be private. If not, a new one is as its owner's settings say.
 
     Raises:
         FileNotFoundError: If the folder lacks a file.
         ValueError: If repo_id is not OWNER/NAME, or timm could not load the folder.
         PermissionError: If there is no token, or the repository is public and should be private.
-        RuntimeError: If the Hub refuses or breaks off. The repository is then as it was: a commit is atomic.
+        RuntimeError: If the Hub refuses or breaks off. A repository that was created for the commit is deleted again.
     """
     _check_access(repo_id)
     with TemporaryDirectory() as temporary:
         _copy(Path(folder), Path(temporary), repo_id)
-        api = HfApi(library_name='timm_ela')
+        api, created = HfApi(library_name='timm_ela'), False
         try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
+            created = _create_repo(api, repo_id, private)
             public = private and not api.model_info(repo_id).private
             if not public:
                 return api.upload_folder(
                     repo_id=repo_id, folder_path=temporary, commit_message='Upload with timm_ela').commit_url
-        except Exception as error:  # the Hub's errors, its HTTP client's and its Xet store's have no common base
+        except BaseException as error:  # an interruption, or one of the Hub's, its HTTP client's and its Xet store's
+            left = _delete_if_empty(api, repo_id) if created else _AS_BEFORE
+            if not isinstance(error, Exception):
+                raise KeyboardInterrupt(left) from error
             reasons = dict.fromkeys(str(e) for e in (error, error.__cause__) if e)  # the cause may say the same
             reason = ' '.join(' '.join(reasons).split()).rstrip('.')
             raise RuntimeError(
-                f'{repo_id} on {api.endpoint}: {reason}. The repository is as it was before, or complete: run the '
-                'same command again, which uploads only what is missing.') from error
+                f'{repo_id} on {api.endpoint}: {reason}; {left}. Run the same command again: it uploads only what is '
+                'missing.') from error
     raise PermissionError(f'{repo_id} exists and is public: make it private on the Hub first, or drop --private.')
