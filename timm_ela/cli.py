@@ -103,7 +103,8 @@ def _plot(args: argparse.Namespace) -> None:
     from .plot import plot_file
 
     plot_file(
-        args.image, args.model, args.output, stages=args.stages, channel=args.channel, pretrained=args.pretrained)
+        args.image, args.model, args.output, args.pretrained, stages=args.stages, class_index=args.class_index,
+        channel=args.channel, mean=args.mean)
     print(f'Wrote {args.output}')
 
 
@@ -167,13 +168,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--private', action='store_true', help='create it private')
 
     sub = command(
-        _plot, 'plot', 'draw an ELA model\'s gates beside a picture',
-        'cat.png --model local-dir:my-model -o attention.png')
+        _plot, 'plot', 'draw where models look (Grad-CAM) and what their ELA gates do',
+        'cat.png --model resnet50 local-dir:my-model -o attention.png')
     sub.add_argument('image', help='picture')
-    sub.add_argument('--model', required=True, help='model name, hf-hub:OWNER/NAME or local-dir:FOLDER')
+    sub.add_argument(
+        '--model', required=True, nargs='+',
+        help='any model of timm, hf-hub:OWNER/NAME or local-dir:FOLDER; several are drawn one below the other')
     sub.add_argument('-o', '--output', default='attention.png', help='picture to write (default: %(default)s)')
+    sub.add_argument(
+        '--class', dest='class_index', type=int, metavar='N',
+        help='class that Grad-CAM explains, from 0 (default: the most probable)')
     sub.add_argument('--stages', type=int, nargs='+', metavar='N', help='stages to draw, from 0 (default: all)')
-    sub.add_argument('--channel', type=int, metavar='N', help='channel to draw, from 0 (default: the mean over all)')
+    shown = sub.add_mutually_exclusive_group()
+    shown.add_argument(
+        '--channel', type=int, metavar='N',
+        help='channel whose gates are drawn, from 0 (default: in each stage, the one that varies most)')
+    shown.add_argument('--mean', action='store_true', help='draw the mean of the gates of all channels')
     sub.add_argument(
         '--no-pretrained', dest='pretrained', action='store_false',
         help='random weights (hf-hub: and local-dir: load theirs anyway)')

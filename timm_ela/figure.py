@@ -1,0 +1,192 @@
+"""Draws what `observe` returns: the picture and its classes, Grad-CAM, the gates of Efficient Local Attention (ELA)."""
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from .observe import Gate, Observation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_GRAFT = 0.25  # every gate of an untrained graft
+_MOVED = 0.01  # least change of a gate that is not called untrained
+_GATES, _CAM = 'viridis', 'inferno'  # their lightness rises evenly, so they work in grey and for the colour-blind
+_BINS = 100  # of a histogram
+# In inches: a cell, in it the map with a strip at its left and lower edge, and what is above and below.
+_CELL, _MAP, _LEFT, _STRIP, _GAP = 2.25, 1.7, 0.47, 0.28, 0.04
+_HEADER, _TITLE, _BELOW, _LINE, _END = 0.48, 0.4, 0.6, 0.155, 0.12
+
+
+class _Box(NamedTuple):
+    """Where axes are, in inches from the upper left corner of the figure."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+    def below(self, height: float) -> '_Box':
+        return _Box(self.left, self.top + self.height + _GAP, self.width, height)
+
+    def axes(self, figure: 'Figure', title: str = '', frame: bool = True) -> 'Axes':
+        width, height = figure.get_size_inches()
+        ax = figure.add_axes((
+            self.left / width, 1 - (self.top + self.height) / height, self.width / width, self.height / height))
+        ax.set_title(title, fontsize=8, loc='left', parse_math=False)
+        if not frame:
+            ax.set_axis_off()
+        return ax
+
+
+def figure_class() -> type['Figure']:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('Plotting needs matplotlib: pip install matplotlib') from error
+    return Figure
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 26 else f'{text[:25]}…'
+
+
+def in_words(gates: Sequence[Gate]) -> str:
+    """Says how far the gates have moved."""
+    if not gates:
+        return 'No ELA, so no gates.'
+    stage, moved = max(((gate.stage, abs(gate.all - _GRAFT).max((1, 2))) for gate in gates), key=lambda m: m[1].max())
+    if moved.max() < _MOVED:
+        return f'Gates within {max(moved.max(), 0.0005):.3f} of an untrained graft ({_GRAFT}): they have hardly moved.'
+    return f'Gates up to {moved.max():.2f} from an untrained graft ({_GRAFT}): channel {moved.argmax()} of stage {stage}.'
+
+
+def _draw_picture(figure: 'Figure', seen: Observation, box: _Box) -> None:
+    height, width = seen.picture.shape[:2]
+    ax = box.axes(figure, f'What the model saw\n{height} x {width} pixels', frame=False)
+    ax.imshow(seen.picture, cmap='gray', vmin=0, vmax=1, aspect='auto')
+
+
+def _draw_classes(figure: 'Figure', seen: Observation, box: _Box) -> None:
+    """Draws a bar for each class, and on it its probability and name."""
+    ax = box.axes(figure, frame=False)
+    rows = range(len(seen.classes))
+    ax.barh(rows, 1, height=0.85, color='0.95')
+    ax.barh(rows, [p for p, _ in seen.classes], height=0.85, color='#a6c8e8')
+    for i, (p, name) in enumerate(seen.classes):
+        ax.text(0, i, f' {p:.1%}  {_cut(name)}', va='center', fontsize=8, parse_math=False)
+    ax.set(xlim=(0, 1), ylim=(len(seen.classes) - 0.5, -0.5))
+
+
+def _draw_cam(figure: 'Figure', seen: Observation, box: _Box) -> None:
+    """Draws Grad-CAM over the picture in grey, and its scale below."""
+    ax = box.axes(figure, f'Grad-CAM: what speaks for\n{_cut(seen.cam_class)}', frame=False)
+    ax.imshow(seen.picture.mean(2), cmap='gray', vmin=0, vmax=1, aspect='auto')
+    ax.imshow(seen.cam, cmap=_CAM, vmin=0, vmax=1, aspect='auto', alpha=0.3 + 0.4 * seen.cam)
+    bar = box.below(0.1).axes(figure)
+    bar.imshow(np.linspace(0, 1, 256)[None], cmap=_CAM, aspect='auto', extent=(0, 1, 0, 1))
+    bar.set_yticks([])
+    bar.set_xticks([0.1, 0.9], ['nothing', 'most'], fontsize=7)
+
+
+def _draw_gate(figure: 'Figure', gate: Gate, box: _Box, limit: float) -> None:
+    """Draws a gate as a map, a_h along its left edge and a_w along its lower edge."""
+    height, width = gate.map.shape
+    values = f'{"varies most: " if gate.varies_most else ""}gate {gate.map.min():.2f} to {gate.map.max():.2f}'
+    ax = box.axes(figure, f'stage {gate.stage}: {gate.of}\n{values}', frame=False)
+    ax.imshow(gate.map, cmap=_GATES, vmin=0, vmax=limit, aspect='auto', extent=(0, width, height, 0))
+
+    # both strips have one scale, in tenths, and are filled from an untrained graft's 0.5
+    strips = [0.5, *gate.a_h, *gate.a_w]
+    low, high = np.floor(10 * min(strips)) / 10, np.ceil(10 * max(strips)) / 10
+    low, high = (0.4, 0.6) if low == high else (low, high)
+    ticks = {'ticks': [low, high], 'labels': [f'{v:.1g}'.lstrip('0') or '0' for v in (low, high)], 'fontsize': 7}
+    fill = {'baseline': 0.5, 'fill': True, 'color': '#4477aa'}
+    line = {'color': '0.4', 'linewidth': 0.8}
+
+    a_h = _Box(box.left - _STRIP - _GAP, box.top, _STRIP, box.height).axes(figure)
+    a_h.axvline(0.5, **line)
+    a_h.stairs(gate.a_h, np.arange(height + 1), orientation='horizontal', **fill)
+    a_h.set(xlim=(low, high), ylim=(height, 0), yticks=[])
+    a_h.set_ylabel('rows, $a_h$', fontsize=7, labelpad=2)
+    a_h.xaxis.tick_top()
+    a_h.set_xticks(**ticks)
+
+    a_w = box.below(_STRIP).axes(figure)
+    a_w.axhline(0.5, **line)
+    a_w.stairs(gate.a_w, np.arange(width + 1), **fill)
+    a_w.set(xlim=(0, width), ylim=(low, high), xticks=[])
+    a_w.set_xlabel('columns, $a_w$', fontsize=7, labelpad=2)
+    a_w.set_yticks(**ticks)
+    # inside the strips' lengths, where no other text is
+    for label, side in zip(a_h.get_xticklabels(), ('left', 'right'), strict=True):
+        label.set_ha(side)
+    for label, side in zip(a_w.get_yticklabels(), ('bottom', 'top'), strict=True):
+        label.set_va(side)
+
+
+def _draw_all_gates(figure: 'Figure', gates: Sequence[Gate], box: _Box, limit: float) -> None:
+    """Draws a histogram of all gates of each stage, one above the other, and the colours of the maps below."""
+    ax = box.axes(figure, f'All gates, of all channels\ndashed: {_GRAFT}, untrained graft')
+    edges = np.linspace(0, limit, _BINS + 1)
+    for i, gate in enumerate(gates):
+        counts = np.histogram(gate.all, edges)[0]
+        ax.stairs(i - 0.85 * counts / counts.max(), edges, baseline=i, fill=True, color='#4477aa')
+        ax.hlines(i, gate.all.min(), gate.all.max(), color='black', linewidth=0.9)
+    ax.axvline(_GRAFT, color='#cc3311', linewidth=1, linestyle='--')
+    ax.set(xlim=(0, limit), ylim=(len(gates) - 0.8, -1), xticks=[])
+    ax.set_yticks(range(len(gates)), [f'stage {gate.stage}' for gate in gates], fontsize=7)
+    bar = box.below(0.12).axes(figure)
+    bar.imshow(edges[None], cmap=_GATES, vmin=0, vmax=limit, aspect='auto', extent=(0, limit, 0, 1))
+    bar.set_yticks([])
+    bar.tick_params(labelsize=7)
+    bar.set_xlabel('gate = $a_h a_w$, the factor of a feature', fontsize=7, labelpad=2)
+
+
+def draw(seen: Sequence[Observation], titles: Sequence[str], columns: int = 4) -> 'Figure':
+    """Draws observations one below the other, on scales that they share.
+
+    Args:
+        seen: What `observe` returned.
+        titles: A title for each.
+        columns: Panels side by side; 2 if there are no gates.
+
+    Returns:
+        The figure, which is not registered with pyplot.
+    """
+    gates = [gate for one in seen for gate in one.gates]
+    columns = columns if gates else 2
+    limit = max([0.5, *(float(gate.all.max()) for gate in gates)])
+    blocks, end = [], 0.
+    for one in seen:
+        height = min(max(_MAP * one.picture.shape[0] / one.picture.shape[1], 0.8), 2.6)
+        beside = columns > 2 and not one.gates
+        below = _BELOW if beside else max(_BELOW, _LINE * len(one.classes) + 0.1)
+        panels = 1 + bool(one.classes) + len(one.gates) + bool(one.gates)
+        boxes = [
+            _Box(
+                i % columns * _CELL + _LEFT,
+                end + _HEADER + _TITLE + (i >= columns) * (below - _BELOW) + i // columns * (_TITLE + height + _BELOW),
+                _MAP, height)
+            for i in range(panels + beside)]
+        blocks.append((end, boxes, beside))
+        end = boxes[-1].top + height + (below if len(boxes) <= columns else _BELOW) + _END
+
+    figure = figure_class()(figsize=(columns * _CELL, end))
+    for one, title, (top, boxes, beside) in zip(seen, titles, blocks, strict=True):
+        at = {'x': 0.1 / (columns * _CELL), 'va': 'top', 'parse_math': False}
+        figure.text(y=1 - (top + 0.08) / end, s=title, fontsize=10, weight='bold', **at)
+        figure.text(y=1 - (top + 0.26) / end, s=in_words(one.gates), fontsize=8, **at)
+        last = boxes[-1]._replace(width=columns * _CELL - boxes[-1].left - 0.08)
+        draw_next = iter(boxes)
+        _draw_picture(figure, one, next(draw_next))
+        if one.classes:
+            _draw_cam(figure, one, next(draw_next))
+            _draw_classes(
+                figure, one, last if beside else boxes[0].below(_LINE * len(one.classes)))
+        for gate in one.gates:
+            _draw_gate(figure, gate, next(draw_next), limit)
+        if one.gates:
+            _draw_all_gates(figure, one.gates, last, limit)
+    return figure

@@ -1,0 +1,210 @@
+"""What a model makes of a picture: what it saw, its classes, where it looked (Grad-CAM), and its ELA gates."""
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from timm.data.loader import adapt_to_chs
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .layers.ela import EfficientLocalAttention
+
+_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # of a picture, by the model's channels
+
+
+class Gate(NamedTuple):
+    """The gate of a stage: of one channel or the mean of all, and the values of all."""
+
+    stage: int
+    of: str  # 'channel 3 of 64', or 'mean of 64 channels'
+    varies_most: bool  # the channel was chosen since its gate varies most over the picture
+    map: np.ndarray  # (H, W), a_h * a_w
+    a_h: np.ndarray  # (H,)
+    a_w: np.ndarray  # (W,)
+    all: np.ndarray  # (C, H, W)
+
+
+class Observation(NamedTuple):
+    """What a model made of a picture: without a classifier no classes and no CAM, without ELA no gates."""
+
+    model: str
+    picture: np.ndarray  # (H, W, 1 or 3), in [0, 1]
+    classes: list[tuple[float, str]]  # probability and name, the most probable first
+    cam: np.ndarray | None  # (H, W), in [0, 1]
+    cam_class: str
+    gates: list[Gate]
+
+
+def open_image(image: str | Path | Image.Image) -> Image.Image:
+    """Opens an image file and decodes it.
+
+    Raises:
+        ValueError: If that fails; it names the file.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        with Image.open(image) as opened:
+            opened.load()
+            return opened
+    except Exception as error:  # a broken file makes Pillow raise one of many types, often without naming the file
+        raise ValueError(f'Cannot read the image {str(image)!r}: {error}') from error
+
+
+def observe(
+        image: str | Path | Image.Image,
+        model: nn.Module,
+        stages: Sequence[int] | None = None,
+        topk: int = 5,
+        class_names: Sequence[str] | None = None,
+        channel: int | None = None,
+        mean: bool = False,
+        class_index: int | None = None,
+) -> Observation:
+    """Shows a picture to a model, and leaves the model as it was: its mode, its hooks, its gradients.
+
+    Arguments and errors are those of `plot_attention`.
+    """
+    cfg = getattr(model, 'pretrained_cfg', {})
+    name = cfg.get('architecture', type(model).__name__)
+    ela = _ela_modules(model, name, stages)
+    classes = getattr(model, 'num_classes', 0)  # none in a model that gives features
+    if not ela and not classes:
+        raise ValueError(f'{name} has neither classes nor ELA: there is nothing to plot.')
+    if class_index is not None and not 0 <= class_index < classes:
+        raise ValueError(f'{name} has {f"classes 0 to {classes - 1}" if classes else "no classes"}, got {class_index}.')
+    labels = _class_names(classes, cfg, class_names) if classes else []
+    x, picture = _prepare(open_image(image), model, name)
+
+    # the user may be in inference mode, or have frozen the parameters
+    with torch.inference_mode(False), torch.enable_grad():
+        output, gates, maps = _forward(model, x.clone().requires_grad_(), ela.values(), bool(classes))
+        shown = [_choose(stage, *gates[module], channel, mean) for stage, module in ela.items()]
+        if not classes:
+            return Observation(name, picture, [], None, '', shown)
+        if not maps:
+            raise ValueError(f'{name} has no feature map for Grad-CAM: its `feature_info` names none that can be read.')
+        logits = output[0].float()
+        of = int(logits.argmax()) if class_index is None else class_index
+        cam = grad_cam(logits[of], maps, x.shape[1:])
+    p = logits.detach().softmax(0)
+    top = [(float(p[i]), labels[i]) for i in p.argsort(descending=True)[:topk].tolist()]
+    return Observation(name, picture, top, cam, labels[of], shown)
+
+
+def _prepare(image: Image.Image, model: nn.Module, name: str) -> tuple[Tensor, np.ndarray]:
+    """The model's input (C, H, W), and the picture (H, W, 1 or 3) in it."""
+    convs = (module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    channels = getattr(model, 'in_chans', None) or next(convs, 3)
+    if channels not in _MODES:
+        raise ValueError(f'{name} takes {channels} channels; plot reads pictures of 1 (grey), 3 (RGB) or 4 (RGBA).')
+    config = resolve_model_data_config(model)
+    stats = {k: adapt_to_chs(config[k], channels) for k in ('mean', 'std')}
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in stats.values())
+    x = create_transform(**{**config, **stats})(image.convert(_MODES[channels]))
+    return x, (x * std + mean).clamp(0, 1)[:3].permute(1, 2, 0).numpy()
+
+
+def _class_names(count: int, cfg: dict[str, Any], given: Sequence[str] | None) -> list[str]:
+    if given is not None and len(given) != count:
+        raise ValueError(f'The model has {count} classes, but {len(given)} class names were given.')
+    names = given or cfg.get('label_names') or ()
+    names = [names[k] for k in sorted(names, key=int)] if isinstance(names, dict) else list(names)
+    if len(names) != count:  # a checkpoint's names are not those of a head put on since
+        return ImageNetInfo().label_descriptions() if count == 1000 else [f'class {i}' for i in range(count)]
+    descriptions = {} if given else cfg.get('label_descriptions') or {}
+    return [descriptions.get(name, name) for name in names]
+
+
+def _ela_modules(model: nn.Module, name: str, wanted: Sequence[int] | None) -> dict[int, EfficientLocalAttention]:
+    """The last ELA module of each stage, or of those wanted; none of a model without ELA.
+
+    Stage i ends at entry i of timm's `feature_info`.
+    """
+    names = [n for n, _ in model.named_modules()]
+    features = [info['module'] for info in getattr(model, 'feature_info', ())]
+    ends = [max((i for i, n in enumerate(names) if f'{n}.'.startswith(f'{f}.')), default=len(names)) for f in features]
+    ela = [(i, m) for i, m in enumerate(model.modules()) if isinstance(m, EfficientLocalAttention)]
+    stages = {sum(end < i for end in ends): m for i, m in ela}
+    if stages and (unknown := [stage for stage in wanted or () if stage not in stages]):
+        raise ValueError(f'{name} has no ELA in stage {unknown[0]}, only in {", ".join(map(str, stages))}.')
+    return {stage: stages[stage] for stage in (wanted if stages and wanted else stages)}
+
+
+def _forward(
+        model: nn.Module,
+        x: Tensor,
+        ela: Iterable[nn.Module],
+        with_maps: bool,
+) -> tuple[Any, dict[nn.Module, list[np.ndarray]], list[tuple[Tensor, dict[str, Any]]]]:
+    """The model's output for x (C, H, W) in eval mode, the gates of its ELA modules, and its feature maps.
+
+    A map comes with its entry of timm's `feature_info`.
+    """
+    gates, maps = {}, []
+
+    def keep_gates(module: EfficientLocalAttention, args: tuple) -> None:
+        gates[module] = [gate[0].detach().float().cpu().numpy() for gate in module.gates(args[0])]
+
+    def keep_map(info: dict[str, Any], output: Any) -> None:
+        output = output[0] if isinstance(output, (tuple, list)) else output
+        if isinstance(output, Tensor) and _as_map(output, info, x.shape[1:]) is not None:
+            maps.append((output, info))
+
+    modules, modes = dict(model.named_modules()), {module: module.training for module in model.modules()}
+    weight = next(model.parameters())
+    with ExitStack() as stack:
+        for module in ela:
+            stack.callback(module.register_forward_pre_hook(keep_gates).remove)
+        for info in model.feature_info if with_maps else ():
+            if info['module'] in modules:
+                hook = modules[info['module']].register_forward_hook(lambda m, a, output, i=info: keep_map(i, output))
+                stack.callback(hook.remove)
+        for module, mode in modes.items():
+            stack.callback(setattr, module, 'training', mode)
+        return model.eval()(x.unsqueeze(0).to(weight.device, weight.dtype)), gates, maps
+
+
+def _choose(stage: int, a_h: np.ndarray, a_w: np.ndarray, channel: int | None, mean: bool) -> Gate:
+    """Makes a stage's gate of a_h (C, H) and a_w (C, W): of the channel given, else of that which varies most."""
+    both = np.einsum('ch,cw->chw', a_h, a_w)
+    if mean:
+        return Gate(stage, f'mean of {len(both)} channels', False, both.mean(0), a_h.mean(0), a_w.mean(0), both)
+    chosen = int(both.std((1, 2)).argmax()) if channel is None else channel
+    if not 0 <= chosen < len(both):
+        raise ValueError(f'Stage {stage} has channels 0 to {len(both) - 1}, got {chosen}.')
+    of = f'channel {chosen} of {len(both)}'
+    return Gate(stage, of, channel is None, both[chosen], a_h[chosen], a_w[chosen], both)
+
+
+def _as_map(feature: Tensor, info: dict[str, Any], size: Sequence[int]) -> Tensor | None:
+    """A feature of timm as a map (C, h, w): of NCHW, of NHWC, or of tokens that follow a prefix; None of others."""
+    grid = [-(-length // info['reduction']) for length in size]
+    if feature.ndim == 3 and feature.shape[1] >= grid[0] * grid[1]:
+        feature = feature[:, -grid[0] * grid[1]:].unflatten(1, grid)
+    layouts = [feature[0], feature[0].movedim(-1, 0)] if feature.ndim == 4 else []
+    return next((layout for layout in layouts if len(layout) == info['num_chs']), None)
+
+
+def grad_cam(score: Tensor, maps: Sequence[tuple[Tensor, dict[str, Any]]], size: Sequence[int]) -> np.ndarray:
+    """Grad-CAM (H, W) in [0, 1] of a class's score, at the last feature map: the one before pooling.
+
+    If a class token is what is pooled, the last map has no gradient, and the one before it is taken.
+
+    Source: `Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization` -
+    https://arxiv.org/abs/1610.02391
+    """
+    for feature, info in reversed(maps):
+        gradient, = torch.autograd.grad(score, feature, retain_graph=True, allow_unused=True, materialize_grads=True)
+        weights, feature = (_as_map(t.detach().float(), info, size) for t in (gradient, feature))
+        if weights.any():
+            break
+    cam = (weights.mean((1, 2), keepdim=True) * feature).sum(0).relu()
+    cam = F.interpolate(cam[None, None], tuple(size), mode='bilinear')[0, 0]
+    cam -= cam.min()
+    return (cam / (cam.max() or 1)).cpu().numpy()
