@@ -33,7 +33,7 @@ compat:
 conformance: $(INSTALLED)
 	$(BIN)/python tests/conformance.py -n 2
 
-# Writes counts.csv, weights_cards/ and the README's table of models.
+# Writes counts.csv, the cards in weights_cards/, and the README's picture and table of models.
 cards: $(INSTALLED)
 	$(BIN)/python weights_cards/make_cards.py
 

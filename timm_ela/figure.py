@@ -1,5 +1,6 @@
 """Draws what `observe` returns: the picture and its classes, Grad-CAM, the gates of Efficient Local Attention (ELA)."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -40,6 +41,9 @@ class _Box(NamedTuple):
         return ax
 
 
+_Panel = Callable[['Figure', _Box], None]
+
+
 def figure_class() -> type['Figure']:
     try:
         from matplotlib.figure import Figure
@@ -59,16 +63,17 @@ def in_words(gates: Sequence[Gate]) -> str:
     stage, moved = max(((gate.stage, abs(gate.all - _GRAFT).max((1, 2))) for gate in gates), key=lambda m: m[1].max())
     if moved.max() < _MOVED:
         return f'Gates within {max(moved.max(), 0.0005):.3f} of an untrained graft ({_GRAFT}): they have hardly moved.'
-    return f'Gates up to {moved.max():.2f} from an untrained graft ({_GRAFT}): channel {moved.argmax()} of stage {stage}.'
+    where = f'channel {moved.argmax()} of stage {stage}'
+    return f'Gates up to {moved.max():.2f} from an untrained graft ({_GRAFT}): {where}.'
 
 
-def _draw_picture(figure: 'Figure', seen: Observation, box: _Box) -> None:
+def _draw_picture(seen: Observation, figure: 'Figure', box: _Box) -> None:
     height, width = seen.picture.shape[:2]
     ax = box.axes(figure, f'What the model saw\n{height} x {width} pixels', frame=False)
     ax.imshow(seen.picture, cmap='gray', vmin=0, vmax=1, aspect='auto')
 
 
-def _draw_classes(figure: 'Figure', seen: Observation, box: _Box) -> None:
+def _draw_classes(seen: Observation, figure: 'Figure', box: _Box) -> None:
     """Draws a bar for each class, and on it its probability and name."""
     ax = box.axes(figure, frame=False)
     rows = range(len(seen.classes))
@@ -79,9 +84,10 @@ def _draw_classes(figure: 'Figure', seen: Observation, box: _Box) -> None:
     ax.set(xlim=(0, 1), ylim=(len(seen.classes) - 0.5, -0.5))
 
 
-def _draw_cam(figure: 'Figure', seen: Observation, box: _Box) -> None:
+def _draw_cam(seen: Observation, figure: 'Figure', box: _Box) -> None:
     """Draws Grad-CAM over the picture in grey, and its scale below."""
-    ax = box.axes(figure, f'Grad-CAM: what speaks for\n{_cut(seen.cam_class)}', frame=False)
+    what = 'what' if seen.cam.any() else 'nothing'
+    ax = box.axes(figure, f'Grad-CAM: {what} speaks for\n{_cut(seen.cam_class)}', frame=False)
     ax.imshow(seen.picture.mean(2), cmap='gray', vmin=0, vmax=1, aspect='auto')
     ax.imshow(seen.cam, cmap=_CAM, vmin=0, vmax=1, aspect='auto', alpha=0.3 + 0.4 * seen.cam)
     bar = box.below(0.1).axes(figure)
@@ -90,7 +96,7 @@ def _draw_cam(figure: 'Figure', seen: Observation, box: _Box) -> None:
     bar.set_xticks([0.1, 0.9], ['nothing', 'most'], fontsize=7)
 
 
-def _draw_gate(figure: 'Figure', gate: Gate, box: _Box, limit: float) -> None:
+def _draw_gate(gate: Gate, limit: float, figure: 'Figure', box: _Box) -> None:
     """Draws a gate as a map, a_h along its left edge and a_w along its lower edge."""
     height, width = gate.map.shape
     values = f'{"varies most: " if gate.varies_most else ""}gate {gate.map.min():.2f} to {gate.map.max():.2f}'
@@ -126,7 +132,7 @@ def _draw_gate(figure: 'Figure', gate: Gate, box: _Box, limit: float) -> None:
         label.set_va(side)
 
 
-def _draw_all_gates(figure: 'Figure', gates: Sequence[Gate], box: _Box, limit: float) -> None:
+def _draw_all_gates(gates: Sequence[Gate], limit: float, figure: 'Figure', box: _Box) -> None:
     """Draws a histogram of all gates of each stage, one above the other, and the colours of the maps below."""
     ax = box.axes(figure, f'All gates, of all channels\ndashed: {_GRAFT}, untrained graft')
     edges = np.linspace(0, limit, _BINS + 1)
@@ -145,7 +151,7 @@ def _draw_all_gates(figure: 'Figure', gates: Sequence[Gate], box: _Box, limit: f
 
 
 def draw(seen: Sequence[Observation], titles: Sequence[str], columns: int = 4) -> 'Figure':
-    """Draws observations one below the other, on scales that they share.
+    """Draws observations one below the other. Their gates have one scale: from 0 to the greatest, at least to 0.5.
 
     Args:
         seen: What `observe` returned.
@@ -156,37 +162,37 @@ def draw(seen: Sequence[Observation], titles: Sequence[str], columns: int = 4) -
         The figure, which is not registered with pyplot.
     """
     gates = [gate for one in seen for gate in one.gates]
-    columns = columns if gates else 2
-    limit = max([0.5, *(float(gate.all.max()) for gate in gates)])
-    blocks, end = [], 0.
+    columns, limit = columns if gates else 2, max([0.5, *(float(gate.all.max()) for gate in gates)])
+    headers, placed, top = [], [], 0.
     for one in seen:
-        height = min(max(_MAP * one.picture.shape[0] / one.picture.shape[1], 0.8), 2.6)
-        beside = columns > 2 and not one.gates
-        below = _BELOW if beside else max(_BELOW, _LINE * len(one.classes) + 0.1)
-        panels = 1 + bool(one.classes) + len(one.gates) + bool(one.gates)
-        boxes = [
-            _Box(
-                i % columns * _CELL + _LEFT,
-                end + _HEADER + _TITLE + (i >= columns) * (below - _BELOW) + i // columns * (_TITLE + height + _BELOW),
-                _MAP, height)
-            for i in range(panels + beside)]
-        blocks.append((end, boxes, beside))
-        end = boxes[-1].top + height + (below if len(boxes) <= columns else _BELOW) + _END
-
-    figure = figure_class()(figsize=(columns * _CELL, end))
-    for one, title, (top, boxes, beside) in zip(seen, titles, blocks, strict=True):
-        at = {'x': 0.1 / (columns * _CELL), 'va': 'top', 'parse_math': False}
-        figure.text(y=1 - (top + 0.08) / end, s=title, fontsize=10, weight='bold', **at)
-        figure.text(y=1 - (top + 0.26) / end, s=in_words(one.gates), fontsize=8, **at)
-        last = boxes[-1]._replace(width=columns * _CELL - boxes[-1].left - 0.08)
-        draw_next = iter(boxes)
-        _draw_picture(figure, one, next(draw_next))
+        headers.append(top)
+        panels: list[_Panel] = [partial(_draw_picture, one)]
         if one.classes:
-            _draw_cam(figure, one, next(draw_next))
-            _draw_classes(
-                figure, one, last if beside else boxes[0].below(_LINE * len(one.classes)))
-        for gate in one.gates:
-            _draw_gate(figure, gate, next(draw_next), limit)
+            panels.append(partial(_draw_cam, one))
+        panels += [partial(_draw_gate, gate, limit) for gate in one.gates]
         if one.gates:
-            _draw_all_gates(figure, one.gates, last, limit)
+            panels.append(partial(_draw_all_gates, one.gates, limit))
+        height = min(max(_MAP * one.picture.shape[0] / one.picture.shape[1], 0.8), 2.6)
+        classes, below = partial(_draw_classes, one), _BELOW
+        top += _HEADER + _TITLE
+        if columns > 2 and not one.gates:
+            panels.append(classes)  # in the place of the gates
+        elif one.classes:
+            placed.append((classes, _Box(_LEFT, top + height + _GAP, _MAP, _LINE * len(one.classes))))
+            below = max(_BELOW, _LINE * len(one.classes) + 0.1)
+        for i, panel in enumerate(panels):
+            if i and i % columns == 0:
+                top, below = top + height + below + _TITLE, _BELOW
+            left = i % columns * _CELL + _LEFT
+            wide = i == len(panels) - 1 and columns > 2
+            placed.append((panel, _Box(left, top, columns * _CELL - left - 0.08 if wide else _MAP, height)))
+        top += height + below + _END
+
+    figure = figure_class()(figsize=(columns * _CELL, top))
+    for one, title, header in zip(seen, titles, headers, strict=True):
+        at = {'x': 0.1 / (columns * _CELL), 'va': 'top', 'parse_math': False}
+        figure.text(y=1 - (header + 0.08) / top, s=title, fontsize=10, weight='bold', **at)
+        figure.text(y=1 - (header + 0.26) / top, s=in_words(one.gates), fontsize=8, **at)
+    for draw_panel, box in placed:
+        draw_panel(figure, box)
     return figure

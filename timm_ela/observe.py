@@ -99,11 +99,9 @@ def observe(
 
 def _prepare(image: Image.Image, model: nn.Module, name: str) -> tuple[Tensor, np.ndarray]:
     """The model's input (C, H, W), and the picture (H, W, 1 or 3) in it."""
-    convs = (module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
-    channels = getattr(model, 'in_chans', None) or next(convs, 3)
+    channels, config = getattr(model, 'in_chans', 3), resolve_model_data_config(model)
     if channels not in _MODES:
         raise ValueError(f'{name} takes {channels} channels; plot reads pictures of 1 (grey), 3 (RGB) or 4 (RGBA).')
-    config = resolve_model_data_config(model)
     stats = {k: adapt_to_chs(config[k], channels) for k in ('mean', 'std')}
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in stats.values())
     x = create_transform(**{**config, **stats})(image.convert(_MODES[channels]))

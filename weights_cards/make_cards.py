@@ -1,4 +1,4 @@
-"""`make cards`: writes counts.csv, a model card for each backbone, and the README's table of models."""
+"""`make cards`: writes counts.csv, a model card for each backbone, and the README's picture and table of models."""
 import csv
 import re
 from pathlib import Path
@@ -6,17 +6,22 @@ from pathlib import Path
 import timm
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
 from timm.models import get_arch_pretrained_cfgs
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_ela.figure import draw
 from timm_ela.hub.cards import card_data, citation, needs
 from timm_ela.layers.attn_layers import ATTN_LAYERS, ELSA
 from timm_ela.models.registry import MODELS, Counts, Model, read_counts
+from timm_ela.observe import observe
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = '<!-- models: make cards -->\n', '<!-- end of models -->'
 BASES = list(dict.fromkeys(model.base for model in MODELS.values() if model.layer is not ELSA))
 ELSA_MODELS = [model for model in MODELS.values() if model.layer is ELSA]
+# of scikit-image, CC0 or in the public domain
+PHOTOGRAPHS = {'chelsea': 'A cat', 'coffee': 'A cup of coffee', 'rocket': 'A rocket'}
 # --drop-path, and what else is the model's own, in the authors' README
 ELSA_RECIPES = {
     'elsa_swin_tiny': '--drop-path 0.1', 'elsa_swin_small': '--drop-path 0.3',
@@ -164,6 +169,17 @@ def write_all(root: Path) -> None:
     readme.write_text(f'{before}{START}{models_table()}\n{END}{rest.split(END)[1]}', encoding='utf-8')
 
 
+def write_picture(path: Path) -> None:
+    """Draws what the trained model makes of three photographs."""
+    from skimage import data
+
+    folder = ROOT / 'weights_cards' / 'tf_efficientnet_lite0_ela_b.cifar10'
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    seen = [observe(Image.fromarray(getattr(data, name)()), model, stages=[2, 3], topk=3) for name in PHOTOGRAPHS]
+    draw(seen, list(PHOTOGRAPHS.values()), columns=5).savefig(path, dpi=120, pil_kwargs={'quality': 80})
+
+
 if __name__ == '__main__':
     write_counts(ROOT / 'timm_ela' / 'models' / 'counts.csv')
     write_all(ROOT)
+    write_picture(ROOT / 'weights_cards' / 'photographs.webp')

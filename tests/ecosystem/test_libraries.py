@@ -1,4 +1,4 @@
-"""Libraries that take a timm model: segmentation_models_pytorch, torchvision, transformers, accelerate; and FSDP."""
+"""Libraries that take a timm model: for segmentation, detection, training, Grad-CAM; and FSDP."""
 import pytest
 
 EXTRA = "needs pip install '.[ecosystem]'"
@@ -173,3 +173,41 @@ def test_pytorchs_fsdp(execute, write_my_model):
             torch.testing.assert_close(q.grad.full_tensor(), p.grad, rtol=1e-4, atol=1e-5, msg=key)
         torch.distributed.destroy_process_group()
     ''', 'PyTorch\'s FSDP', processes=2)
+
+
+def test_grad_cam(execute, write_my_model):
+    pytest.importorskip('pytorch_grad_cam', reason=EXTRA)
+    write_my_model()
+    execute('''
+        import numpy
+        from PIL import Image
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+        from timm.data import create_transform, resolve_model_data_config
+        from timm_ela.observe import observe
+
+        assert last.shape == behind_attention.shape == (1, 96, 128)
+        assert last.max() > 0.99 and behind_attention.max() > 0.99 and abs(last - behind_attention).max() > 0.1
+        assert not model.layer4._forward_hooks
+
+        # the oracle of our own Grad-CAM
+        image = Image.fromarray(numpy.random.RandomState(0).randint(0, 256, (15, 20, 3), numpy.uint8))
+        for name in ('resnet50', 'mobilenetv2_100', 'tf_efficientnet_lite0_ela_b', 'elsa_swin_tiny'):
+            model = timm.create_model(name, num_classes=3)
+            for m in model.modules():
+                if isinstance(m, torch.nn.BatchNorm2d):
+                    m.momentum = 1  # the statistics of one batch keep the signal alive
+                    torch.nn.init.uniform_(m.weight, 0.5, 1.5)
+            config = resolve_model_data_config(model)
+            x = create_transform(**config)(image.resize((500, 400)))[None]
+            with torch.no_grad():
+                model.train()(x + torch.randn(2, *x.shape[1:]))
+            nhwc = dict(reshape_transform=lambda t: t.permute(0, 3, 1, 2)) if 'swin' in name else {}
+            layer = model.get_submodule(model.feature_info[-1]['module'])
+            found = []
+            with GradCAM(model.eval(), [layer], **nhwc) as cam:
+                for i in range(3):
+                    expected = cam(x, [ClassifierOutputTarget(i)])[0]
+                    found.append(observe(image.resize((500, 400)), model, class_index=i).cam)
+                    assert abs(found[-1] - expected).max() < 1e-3, (name, i, abs(found[-1] - expected).max())
+            assert max(cam.max() for cam in found) == 1
+    ''', 'grad-cam')

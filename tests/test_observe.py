@@ -1,0 +1,267 @@
+"""What `timm_ela.observe` computes: gates by the formula, Grad-CAM where the evidence is, and the model as it was."""
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+
+from timm_ela.observe import observe
+
+
+@pytest.fixture
+def image():
+    """A wide picture without symmetries."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 13, 3), dtype=np.uint8)).resize((260, 140))
+
+
+@pytest.fixture
+def make_model(randomize):
+    def make(name='resnet18_ela_t', size=(64, 96), cfg=None, **kwargs):
+        kwargs = {'num_classes': 10, 'pretrained_cfg_overlay': {'input_size': (3, *size), **(cfg or {})}, **kwargs}
+        return randomize(timm.create_model(name, **kwargs)).eval()
+
+    return make
+
+
+def transformed(image, model):
+    return create_transform(**resolve_model_data_config(model))(image)[None]
+
+
+@torch.no_grad()
+def expected_gates(model, image, name):
+    """The formula, from what reaches the module: a_h (C, H) and a_w (C, W)."""
+    inputs = []
+    se = model.get_submodule(name)
+    hook = se.register_forward_pre_hook(lambda m, args: inputs.append(args[0].clone()))
+    model(transformed(image, model))
+    hook.remove()
+    return [se.gn(se.conv(inputs[0].mean(d))).sigmoid()[0].numpy() for d in (3, 2)]
+
+
+@pytest.mark.parametrize('stage, name', [(2, 'layer2.1.se'), (4, 'layer4.1.se')])
+def test_the_gates_are_the_formula(make_model, image, stage, name):
+    model = make_model()
+    a_h, a_w = expected_gates(model, image, name)
+    both = a_h[:, :, None] * a_w[:, None, :]
+    assert a_h.shape != a_w.shape and both.std() > 1e-3
+    (varying,), (third,), (mean,) = (
+        observe(image, model, [stage], **kwargs).gates for kwargs in ({}, {'channel': 3}, {'mean': True}))
+    most, count = both.std((1, 2)).argmax(), len(both)
+    for gate, of, expected in (
+            (varying, f'channel {most} of {count}', (both[most], a_h[most], a_w[most])),
+            (third, f'channel 3 of {count}', (both[3], a_h[3], a_w[3])),
+            (mean, f'mean of {count} channels', (both.mean(0), a_h.mean(0), a_w.mean(0)))):
+        assert (gate.stage, gate.of, gate.varies_most) == (stage, of, gate is varying)
+        for drawn, right in zip((gate.map, gate.a_h, gate.a_w, gate.all), (*expected, both), strict=True):
+            np.testing.assert_allclose(drawn, right, rtol=1e-4, atol=1e-6)
+    for channel in (count, -1):
+        with pytest.raises(ValueError, match=rf'^Stage {stage} has channels 0 to {count - 1}, got {channel}\.$'):
+            observe(image, model, [stage], channel=channel)
+
+
+@pytest.mark.parametrize('name, kwargs, modules', [
+    ('resnet18_ela_t', {}, {1: 'layer1.1.se', 2: 'layer2.1.se', 3: 'layer3.1.se', 4: 'layer4.1.se'}),
+    ('resnet18_ela_t', {'features_only': True, 'num_classes': None, 'out_indices': (1, 2)},
+     {1: 'layer1.1.se', 2: 'layer2.1.se'}),
+    # timm's feature 3 ends with blocks.4, two levels after feature 2
+    ('mobilenetv2_ela_t', {}, {1: 'blocks.1.1.se', 2: 'blocks.2.2.se', 3: 'blocks.4.2.se', 4: 'blocks.6.0.se'}),
+])
+def test_by_default_each_stage_shows_its_last_ela_module(make_model, image, name, kwargs, modules):
+    model = make_model(name, **kwargs)
+    gates = observe(image, model).gates
+    assert [gate.stage for gate in gates] == list(modules)
+    for gate, module in zip(gates, modules.values(), strict=True):
+        a_h, a_w = expected_gates(model, image, module)
+        np.testing.assert_allclose(gate.all, a_h[:, :, None] * a_w[:, None, :], rtol=1e-4, atol=1e-6)
+
+
+def test_the_picture_is_what_the_model_saw(make_model, image):
+    model = make_model(cfg={'mean': (0.1, 0.2, 0.3), 'std': (0.4, 0.5, 0.6)})
+    config = {**resolve_model_data_config(model), 'mean': (0, 0, 0), 'std': (1, 1, 1)}
+    seen = create_transform(**config)(image).permute(1, 2, 0)
+    np.testing.assert_allclose(observe(image, model, [1]).picture, seen, atol=1e-6)
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'features_only': True, 'num_classes': None}])
+@pytest.mark.parametrize('channels', [1, 2, 3, 4, 6])
+def test_grey_rgb_and_rgba_can_be_read(make_model, image, channels, kwargs):
+    model = make_model(in_chans=channels, **kwargs)
+    if channels in (2, 6):
+        with pytest.raises(ValueError, match=rf'takes {channels} channels; plot reads pictures of 1 \(grey\), 3 .* 4 '):
+            observe(image, model)
+        return
+    inputs = []
+    model.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach()))
+    image.putalpha(Image.linear_gradient('L').resize(image.size))
+    seen = observe(image, model)
+    assert inputs[0].shape == (1, channels, 64, 96) and seen.picture.shape == (64, 96, min(channels, 3))
+    if channels == 4:  # of the picture, not a constant
+        assert inputs[0][0, 3].std() > 0.1 and not np.allclose(seen.picture[..., 2], seen.picture[..., 0], atol=0.1)
+
+
+class Toy(nn.Module):
+    """Cuts a picture into squares of 8 pixels, its one feature, in any of timm's layouts; class 1 likes bright ones."""
+
+    def __init__(self, layout, class_token=False):
+        super().__init__()
+        self.embed, self.feature, self.last = nn.Conv2d(3, 2, 8, 8, bias=False), nn.Identity(), nn.Identity()
+        self.head = nn.Linear(2, 3)
+        nn.init.constant_(self.embed.weight, 1)
+        nn.init.zeros_(self.head.weight)
+        self.head.weight.data[1] = 1
+        self.layout, self.class_token, self.num_classes = layout, class_token, 3
+        self.feature_info = [{'module': name, 'num_chs': 2, 'reduction': 8} for name in ('feature', 'last')]
+        self.pretrained_cfg = {'input_size': (3, 32, 48), 'mean': (0, 0, 0), 'std': (1, 1, 1), 'crop_pct': 1}
+
+    def forward(self, x):
+        x = self.embed(x)
+        if self.layout == 'NCHW':
+            return self.head(self.last(self.feature(x)).mean((2, 3)))
+        x = x.permute(0, 2, 3, 1)
+        if self.layout == 'NHWC':
+            return self.head(self.last(self.feature(x)).mean((1, 2)))
+        x = self.feature(torch.cat([x.new_zeros(1, 1, 2), x.flatten(1, 2)], 1))
+        if not self.class_token:
+            return self.head(self.last(x)[:, 1:].mean(1))
+        return self.head(self.last(torch.cat([x.mean(1, keepdim=True), x[:, 1:]], 1))[:, 0])
+
+
+@pytest.mark.parametrize('model', [Toy('NCHW'), Toy('NHWC'), Toy('tokens'), Toy('tokens', class_token=True)])
+def test_grad_cam_lies_where_the_evidence_is(model):
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    pixels[8:16, 32:40] = 255
+    seen = observe(Image.fromarray(pixels), model, class_index=1)
+    assert seen.cam.shape == (32, 48) and seen.cam_class == 'class 1'
+    assert seen.cam.min() == 0 and seen.cam.max() == 1 and (seen.cam[11:13, 35:37] > 0.98).all()
+    assert not seen.cam[20:].any() and not seen.cam[:, :27].any()
+    assert not observe(Image.fromarray(pixels), model, class_index=0).cam.any()
+
+
+@pytest.mark.parametrize('name', [
+    'resnet18', 'resnet18_ca', 'mobilenetv2_050_triplet', 'test_vit', 'test_convnext', 'test_mambaout', 'test_maxvit',
+    'elsa_swin_tiny', 'swin_tiny_patch4_window7_224', 'mobilenetv4_conv_small_035', 'hiera_tiny_224'])
+def test_any_model_of_timm_and_any_layer_has_a_grad_cam(randomize, image, name):
+    model = timm.create_model(name, num_classes=10)
+    seen = observe(image, randomize(model).eval() if 'resnet' in name else model.eval())
+    assert seen.gates == [] and seen.model == name
+    assert seen.cam.shape == tuple(resolve_model_data_config(model)['input_size'][1:])
+    assert seen.cam.min() == 0 and seen.cam.max() in (0, 1)  # 0: nothing speaks for the class
+    assert seen.cam_class == seen.classes[0][1]
+
+
+def test_a_model_whose_features_are_no_maps_is_refused():
+    model = Toy('NCHW')
+    model.feature_info = [{'module': 'embed.weight', 'num_chs': 2, 'reduction': 8}]
+    with pytest.raises(ValueError, match=r'^Toy has no feature map for Grad-CAM: '):
+        observe(Image.new('RGB', (48, 32)), model)
+
+
+def test_grad_cam_explains_the_class_that_is_asked_for(make_model, image):
+    model = make_model()
+    seen = [observe(image, model, class_index=index) for index in (None, 0, 9)]
+    top = int(model(transformed(image, model)).argmax())
+    assert [one.cam_class for one in seen] == [f'class {index}' for index in (top, 0, 9)]
+    assert not np.allclose(seen[1].cam, seen[2].cam)
+    for index in (10, -1):
+        with pytest.raises(ValueError, match=rf'^resnet18_ela_t has classes 0 to 9, got {index}\.$'):
+            observe(image, model, class_index=index)
+
+
+@pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
+def test_gradients_may_be_off(make_model, image, context):
+    model = make_model()
+    expected = observe(image, model).cam
+    with context():
+        np.testing.assert_array_equal(observe(image, model).cam, expected)
+    np.testing.assert_array_equal(observe(image, model.requires_grad_(False)).cam, expected)
+
+
+def test_a_model_in_half_precision(make_model, image):
+    model = make_model()
+    single, half = observe(image, model), observe(image, model.bfloat16())
+    assert half.cam.dtype == np.float32 and np.abs(half.cam - single.cam).mean() < 0.1
+    np.testing.assert_allclose(half.gates[0].all, single.gates[0].all, atol=0.05)
+
+
+def test_the_model_is_left_as_it_was(make_model, image, monkeypatch):
+    model = make_model().train()
+    model.layer1.eval()
+    model.fc.weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def check():
+        assert [module.training for module in model.modules()] == modes
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+        assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())  # batch norm's statistics too
+        assert all(p.grad is None and p.requires_grad == (p is not model.fc.weight) for p in model.parameters())
+
+    observe(image, model)
+    check()
+
+    def fail(x):
+        raise RuntimeError('out of memory')
+
+    monkeypatch.setattr(model, 'forward_head', fail)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        observe(image, model)
+    check()
+
+
+def test_the_top_classes_carry_the_models_probabilities(make_model, image):
+    model = make_model()
+    with torch.no_grad():
+        p = model(transformed(image, model))[0].softmax(0)
+    expected = [(p[i].item(), f'class {i}') for i in p.argsort(descending=True)]
+    for count, kwargs in ((5, {}), (10, {'topk': 20}), (2, {'topk': 2})):
+        classes = observe(image, model, **kwargs).classes
+        assert [name for _, name in classes] == [name for _, name in expected[:count]]
+        np.testing.assert_allclose([v for v, _ in classes], [v for v, _ in expected[:count]], rtol=1e-4)
+
+
+@pytest.mark.parametrize('cfg, given, expected', [
+    ({}, None, ['class 2', 'class 0', 'class 1']),
+    ({'label_names': ['n0', 'n1', 'n2']}, None, ['n2', 'n0', 'n1']),
+    ({'label_names': {'2': 'n2', '0': 'n0', '1': 'n1'}}, None, ['n2', 'n0', 'n1']),
+    ({'label_names': ['n0', 'n1', 'n2'], 'label_descriptions': {'n0': 'cat'}}, None, ['n2', 'cat', 'n1']),
+    ({'label_names': ['n0', 'n1', 'n2'], 'label_descriptions': {'n0': 'cat'}}, ['n0', 'b', 'c'], ['c', 'n0', 'b']),
+    ({'label_names': ['of', 'another', 'head', 'entirely']}, None, ['class 2', 'class 0', 'class 1']),
+])
+def test_class_names(make_model, image, cfg, given, expected):
+    model = make_model(num_classes=3, cfg=cfg)
+    with torch.no_grad():
+        model.fc.weight.zero_()
+        model.fc.bias.copy_(torch.tensor([1, 0, 2]))
+    assert [name for _, name in observe(image, model, class_names=given).classes] == expected
+
+
+def test_a_thousand_classes_are_imagenets(make_model, image):
+    model = make_model(num_classes=1000)
+    with torch.no_grad():
+        model.fc.weight.zero_()
+        model.fc.bias.copy_(torch.arange(1000) == 281)
+    (p, name), = observe(image, model, topk=1).classes
+    assert name == 'tabby, tabby cat' and p == pytest.approx(np.e / (np.e + 999))
+
+
+@pytest.mark.parametrize('kwargs', [{'num_classes': 0}, {'features_only': True, 'num_classes': None}])
+def test_without_a_classifier_there_are_gates_but_no_classes(make_model, image, kwargs):
+    seen = observe(image, make_model(**kwargs))
+    assert len(seen.gates) == 4 and seen.cam is None and seen.classes == []
+
+
+def test_what_cannot_be_shown_is_said(make_model, image):
+    model = make_model()
+    for call, told in [
+        (lambda: observe(image, timm.create_model('resnet18', num_classes=0)),
+         'resnet18 has neither classes nor ELA: there is nothing to plot.'),
+        (lambda: observe(image, model, [1, 0]), 'resnet18_ela_t has no ELA in stage 0, only in 1, 2, 3, 4.'),
+        (lambda: observe(image, model, class_names=['a', 'b']),
+         'The model has 10 classes, but 2 class names were given.'),
+    ]:
+        with pytest.raises(ValueError, match=f'^{re.escape(told)}$'):
+            call()
