@@ -210,6 +210,8 @@ def test_no_text_is_clipped_or_overlaps_another(image, models, kwargs):
     for text, box in boxes.items():
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, text
         assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, text
+        others = [ax for ax in figure.axes if ax is not text.axes]
+        assert not any(box.overlaps(ax.get_window_extent()) for ax in others), text
         assert text.get_fontsize() >= 7  # 9.7 pixels in a README, 900 pixels wide
     assert figure.get_figwidth() <= 9
     for (a, box), (b, other) in combinations(boxes.items(), 2):

@@ -10,6 +10,7 @@ import pytest
 import timm
 from PIL import Image
 
+from timm_ela import cli
 from timm_ela import plot as plot_module
 from timm_ela.plot import plot_file
 
@@ -76,6 +77,31 @@ def test_what_can_be_refused_is_refused_before_a_download(tmp_path, monkeypatch,
     monkeypatch.setattr(plot_module, 'create_model', None)
     with pytest.raises((ValueError, OSError)):
         plot_file(**{'image': 'in.png', 'models': 'resnet18_ela_t', 'output': 'out.png', **kwargs})
+
+
+@pytest.mark.parametrize('options, cam_class, of', [
+    ([], None, 'varies'), (['--class', '3', '--channel', '5'], 'tiger shark', 'channel 5 of 64'),
+    (['--mean'], None, 'mean of 64 channels')])
+def test_the_command_passes_its_options_on(tmp_path, monkeypatch, image, options, cam_class, of):
+    drawn = []
+    draw = plot_module.draw
+    monkeypatch.setattr(plot_module, 'draw', lambda seen, names: drawn.extend(seen) or draw(seen, names))
+    image.save(tmp_path / 'in.png')
+    models, output = ['resnet18', 'resnet18_ela_t'], str(tmp_path / 'out.png')
+    cli.main(['plot', str(tmp_path / 'in.png'), '--model', *models, '--no-pretrained', '--stages', '1', *options,
+              '-o', output])
+    assert Image.open(output).format == 'PNG'
+    assert [one.model for one in drawn] == models and [len(one.gates) for one in drawn] == [0, 1]
+    gate, = drawn[1].gates
+    assert gate.varies_most if of == 'varies' else gate.of == of
+    for one in drawn:
+        assert one.cam_class.startswith(cam_class) if cam_class else one.cam_class == one.classes[0][1]
+
+
+def test_one_channel_or_the_mean_is_shown(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(['plot', 'in.png', '--model', 'resnet18_ela_t', '--channel', '1', '--mean'])
+    assert 'not allowed with' in capsys.readouterr().err
 
 
 def test_several_models_are_drawn_below_their_names(tmp_path, monkeypatch, image):
