@@ -186,7 +186,7 @@ def test_a_class_name_is_no_formula(image):
     ([make_model(size=(128, 64))], {}),
     ([make_model(in_chans=1, num_classes=2)], {}),
     ([make_model(zero_gates=True)], {'mean': True}),
-    ([make_model('resnet18')], {'topk': 10}),
+    ([make_model('resnet18')], {'topk': 10, 'titles': [f'local-dir:{"folder/" * 20}my-model']}),
     ([make_model('resnet18_se'), make_model('resnet18_ca', size=(64, 64))], {}),
     ([make_model('resnet18'), make_model(), make_model('mobilenetv2_ela_b', size=(96, 64))], {'topk': 8}),
     ([make_model(features_only=True, num_classes=None)], {}),

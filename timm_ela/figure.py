@@ -52,8 +52,8 @@ def figure_class() -> type['Figure']:
     return Figure
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= 26 else f'{text[:25]}…'
+def _cut(name: str) -> str:
+    return name if len(name) <= 26 else f'{name[:25]}…'
 
 
 def in_words(gates: Sequence[Gate]) -> str:
@@ -191,6 +191,7 @@ def draw(seen: Sequence[Observation], titles: Sequence[str], columns: int = 4) -
     figure = figure_class()(figsize=(columns * _CELL, top))
     for one, title, header in zip(seen, titles, headers, strict=True):
         at = {'x': 0.1 / (columns * _CELL), 'va': 'top', 'parse_math': False}
+        title = title if len(title) <= 25 * columns else f'…{title[1 - 25 * columns:]}'  # a path's end says most
         figure.text(y=1 - (header + 0.08) / top, s=title, fontsize=10, weight='bold', **at)
         figure.text(y=1 - (header + 0.26) / top, s=in_words(one.gates), fontsize=8, **at)
     for draw_panel, box in placed:

@@ -186,7 +186,7 @@ def test_grad_cam(execute, write_my_model):
         from timm_ela.observe import observe
 
         assert last.shape == behind_attention.shape == (1, 96, 128)
-        assert last.max() > 0.99 and behind_attention.max() > 0.99 and abs(last - behind_attention).max() > 0.1
+        assert last.max() > 0.99 and behind_attention.max() > 0.99 and abs(last - behind_attention).max() > 0.01
         assert not model.layer4._forward_hooks
 
         # the oracle of our own Grad-CAM
@@ -208,6 +208,6 @@ def test_grad_cam(execute, write_my_model):
                 for i in range(3):
                     expected = cam(x, [ClassifierOutputTarget(i)])[0]
                     found.append(observe(image.resize((500, 400)), model, class_index=i).cam)
-                    assert abs(found[-1] - expected).max() < 1e-3, (name, i, abs(found[-1] - expected).max())
+                    assert abs(found[-1] - expected).max() < 1e-5, (name, i)
             assert max(cam.max() for cam in found) == 1
     ''', 'grad-cam')
