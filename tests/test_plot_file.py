@@ -1,5 +1,6 @@
 """What `timm-ela plot` writes: a picture as a whole, or nothing."""
 import os
+import re
 import resource
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+from helpers import ROOT
 from PIL import Image
 
 from timm_ela import cli
@@ -175,3 +177,10 @@ def test_a_source_always_loads_its_weights(tmp_path, monkeypatch, image, name, a
     image.save(tmp_path / 'in.png')
     plot_file(tmp_path / 'in.png', name, tmp_path / 'out.png', asked, stages=[1])
     assert calls == [((name,), {'pretrained': loaded})]
+
+
+def test_the_readme_begins_with_a_picture_that_loads_fast():
+    before, _, rest = (ROOT / 'README.md').read_text(encoding='utf-8').partition('](')
+    picture = ROOT / rest.partition(')')[0]
+    assert re.fullmatch(r'# timm_ela\n\n!\[[^]]+', before)
+    assert Image.open(picture).width >= 900 and picture.stat().st_size < 150_000

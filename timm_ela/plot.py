@@ -107,11 +107,10 @@ def _write(path: Path, data: bytes) -> None:
     """Writes a file as a whole, so that a full disk keeps the older one; a pipe or a device as it is."""
     if path.exists() and not path.is_file():
         path.write_bytes(data)
-        return
-    path = path.resolve()
-    partial = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    else:
+        partial = path.resolve().with_name(f'.{path.name}.{os.getpid()}')
+        try:
+            partial.write_bytes(data)
+            partial.replace(path.resolve())
+        finally:
+            partial.unlink(missing_ok=True)
