@@ -28,9 +28,11 @@ def executorch(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     delegates = sum('delegate' in str(target) for target in calls)
     others = sum('delegate' not in str(target) and 'getitem' not in str(target) for target in calls)
     _logger.info(f'{delegates} delegates, {others} operators outside')
-    method = Runtime.get().load_program(lowered.to_executorch().buffer).load_method('forward')
+    program = Runtime.get().load_program(lowered.to_executorch().buffer)
+    method = program.load_method('forward')
     assert method is not None
-    return lambda: method.execute([x])[0]
+    # the program holds the memory that the method runs in
+    return lambda program=program: method.execute([x])[0]
 
 
 def openvino(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
