@@ -1,4 +1,7 @@
-"""Our models take every option of timm's own and do all that they do."""
+"""Our models take every option of timm's own and do all that they do, beyond what timm's tests ask of them.
+
+timm's tests (test_conformance.py) ask for shapes, a gradient of each parameter, TorchScript, fx and a reset head.
+"""
 import inspect
 from functools import partial
 
@@ -98,15 +101,6 @@ def test_classes_and_channels_can_be_chosen_and_reset(build, name):
     assert model(x).shape == (2, model.num_features)
 
 
-@pytest.mark.parametrize('name', FEW)
-def test_forward_is_features_then_head(build, image, name):
-    model = build(name)
-    features = model.forward_features(image)
-    assert features.shape == (2, model.num_features, 2, 2)
-    assert torch.equal(model.forward_head(features), model(image))
-    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
-
-
 @pytest.mark.parametrize('kwargs', [{}, {'out_indices': (2, 4), 'feature_cls': 'getter'}], ids=['all', 'getter'])
 @pytest.mark.parametrize('name', FEW)
 def test_features_only_gives_the_intermediates_of_the_whole_model(build, image, name, kwargs):
@@ -126,15 +120,9 @@ def test_features_only_gives_the_intermediates_of_the_whole_model(build, image, 
     assert torch.equal(final, whole.forward_features(image))
 
 
-@pytest.mark.parametrize('stride', [8, 16])
-@pytest.mark.parametrize('name', FEW)
-def test_output_stride(build, image, name, stride):
-    assert build(name, output_stride=stride).forward_features(image).shape[2:] == (64 // stride, 48 // stride)
-
-
-@pytest.mark.parametrize('name', FEW)
-def test_drop_path_makes_training_random(build, image, name):
-    model = build(name, drop_path_rate=0.5).train()
+def test_a_bottleneck_drops_paths(build, image):
+    """Its forward is ours; the other blocks' is timm's."""
+    model = build('resnet50_ca', drop_path_rate=0.5).train()
     assert not torch.equal(model(image), model(image))
 
 
@@ -209,16 +197,9 @@ def build_shallow(build):
 
 @pytest.mark.parametrize('name', FEW)
 def test_compiles_as_one_graph(build_shallow, image, name):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model = build_shallow(name)
     torch.testing.assert_close(torch.compile(model, backend='eager', fullgraph=True)(image), model(image))
-
-
-@pytest.mark.parametrize('name', FEW)
-@pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning')
-def test_scripts(build_shallow, image, name):
-    model = build_shallow(name, scriptable=True)
-    torch.testing.assert_close(torch.jit.script(model)(image), model(image))
 
 
 def export(model, image):
@@ -237,11 +218,10 @@ def test_exports_with_any_height_and_width(build_shallow, image, name):
         torch.testing.assert_close(program.module()(x), model(x))
 
 
-@pytest.mark.parametrize('name', FEW[::3])
-def test_exports_with_any_height_and_width_to_onnx(build_shallow, image, name, tmp_path):
+def test_padding_same_exports_with_any_height_and_width_to_onnx(build_shallow, image, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
-    model = build_shallow(name)
+    model = build_shallow(FEW[3])
     torch.onnx.export(export(model, image), (), tmp_path / 'model.onnx', dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
     for x in (image, torch.randn(2, 3, 41, 80)):

@@ -41,14 +41,19 @@ def load_photographs(model):
 
 
 @pytest.fixture(scope='module')
-def photographs():
-    return load_photographs(make_plain(BASE, FILE))
+def plain():
+    return make_plain(BASE, FILE)
 
 
 @pytest.fixture(scope='module')
-def logits(photographs):
+def photographs(plain):
+    return load_photographs(plain)
+
+
+@pytest.fixture(scope='module')
+def logits(plain, photographs):
     with torch.no_grad():
-        return make_plain(BASE, FILE)(photographs)
+        return plain(photographs)
 
 
 def assert_close(grafted, logits):
