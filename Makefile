@@ -60,7 +60,7 @@ study-gates: $(INSTALLED)
 # Speed beside the plain models, on idle cores: 20 minutes on two, and 2 more to compile each model's training step.
 # BENCH: options of bench_models.py.
 bench: $(INSTALLED)
-	$(BIN)/python tests/benchmarks/bench_models.py $(BENCH)
+	$(BIN)/python tests/benchmarks/bench_models.py --device '$(DEVICE)' $(BENCH)
 
 # 5 GB with CUDA: minutes, most of them for PyTorch.
 $(DEMO): pyproject.toml

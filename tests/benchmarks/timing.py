@@ -10,13 +10,52 @@ from time import perf_counter
 import numpy as np
 import timm
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import timm_ela
 
 Call = Callable[[], object]
 
 
-def interleave(calls: Mapping[str, Call], repeats: int, warm_up: int = 2) -> dict[str, np.ndarray]:
+def milliseconds(call: Call, device: str = 'cpu') -> float:
+    """Time of a call: the host's clock, or on a GPU that between two events in its stream."""
+    if device == 'cpu':
+        start = perf_counter()
+        call()
+        return (perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def peak_mib(call: Call, device: str = 'cpu') -> float:
+    """The most that the call's tensors hold at once, in MiB beyond what was there before."""
+    if device != 'cpu':
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    held = most = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == '[memory]':
+            held += event.nbytes()
+            most = max(most, held)
+    return most / 2 ** 20
+
+
+def interleave(
+        calls: Mapping[str, Call],
+        repeats: int,
+        warm_up: int = 2,
+        device: str = 'cpu',
+) -> dict[str, np.ndarray]:
     """Milliseconds of each call: every repeat runs each of them once.
 
     The order is shuffled: caches and the allocator favour whoever follows whom.
@@ -25,9 +64,7 @@ def interleave(calls: Mapping[str, Call], repeats: int, warm_up: int = 2) -> dic
     draw = Random(0)
     for _ in range(warm_up + repeats):
         for name in draw.sample(list(calls), len(calls)):
-            start = perf_counter()
-            calls[name]()
-            times[name].append((perf_counter() - start) * 1e3)
+            times[name].append(milliseconds(calls[name], device))
     return {name: np.array(values[warm_up:]) for name, values in times.items()}
 
 
@@ -39,14 +76,17 @@ def ratio(times: np.ndarray, plain: np.ndarray, most: float = 0.2) -> str:
     return f'{q50:.2f} ({q25:.2f} to {q75:.2f})'
 
 
-def describe(repeats: int) -> str:
+def describe(repeats: int, device: str = 'cpu') -> str:
     """Hardware, versions, the command and the repeats, as a paragraph."""
     info = Path('/proc/cpuinfo')  # where `platform` knows no name
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     hardware = names[0] if names else platform.processor() or platform.machine()
+    hardware += f', {torch.get_num_threads()} threads'
+    if device != 'cpu':
+        hardware = f'{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}'
     return (
-        f'{hardware}, {torch.get_num_threads()} threads; Python {platform.python_version()}, PyTorch '
+        f'{hardware}; Python {platform.python_version()}, PyTorch '
         f'{torch.__version__}, timm {timm.__version__}, timm_ela {timm_ela.__version__}; {repeats} interleaved '
         f'repeats, medians; `python {shlex.join(sys.argv)}`')
 
