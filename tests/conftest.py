@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import AUTOLOAD_OFF, Forks
+from helpers import AUTOLOAD_OFF, DEVICE, Forks
 from timm.utils import CheckpointSaver, ModelEmaV3, update_summary
 from torch import nn
 
@@ -20,6 +20,18 @@ def _one_thread():
 @pytest.fixture(scope='module', autouse=True)
 def _nothing_compiled():
     torch.compiler.reset()  # otherwise many tests of one process reach the limit of recompilations
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _device(request):
+    """Runs the tests of layers and models on TIMM_ELA_DEVICE; all others are about what does not depend on it."""
+    if DEVICE == 'cpu' or request.path.parent.name not in ('layers', 'models'):
+        yield
+        return
+    # TF32 rounds to 10 bits; an algorithm that is chosen by its time can differ between two equal models
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    with torch.device(DEVICE):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from statistics import median
 
+import pytest
 import timm
 import torch
 from timm.models._efficientnet_blocks import InvertedResidual
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[1]
+DEVICE = os.environ.get('TIMM_ELA_DEVICE', 'cpu')  # of the tests in layers/ and models/
+on_cpu = pytest.mark.skipif(DEVICE != 'cpu', reason=f'TIMM_ELA_DEVICE is {DEVICE}: onnxruntime runs on the CPU')
 AUTOLOAD_OFF = {'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'}  # PyTorch's own switch
 
 

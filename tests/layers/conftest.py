@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from timm_ela import EfficientLocalAttention
+from timm_ela.layers import ela, elsa
 
 FORMATS = {'nchw': torch.contiguous_format, 'nhwc': torch.channels_last}
 
@@ -11,6 +12,14 @@ FORMATS = {'nchw': torch.contiguous_format, 'nhwc': torch.channels_last}
 @pytest.fixture(params=FORMATS.values(), ids=FORMATS)
 def memory_format(request):
     return request.param
+
+
+@pytest.fixture(params=['as_it_is', 'as_on_no_cpu'])
+def either_way(request, monkeypatch):
+    """Runs a test twice: also by the expressions that are left where a layer does not run on a CPU."""
+    if request.param == 'as_on_no_cpu':
+        for module in (ela, elsa):
+            monkeypatch.setattr(module, 'is_on_cpu', lambda x: False)
 
 
 @pytest.fixture

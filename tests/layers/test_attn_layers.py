@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DEVICE, on_cpu
 from torch import nn
 
 from timm_ela import ATTN_LAYERS
@@ -234,7 +235,7 @@ def test_both_memory_formats_give_the_same_and_keep_theirs(make, name):
 def test_under_autocast_the_output_is_near_the_formula_in_float64(make, name):
     layer, x = make(name).eval(), torch.randn(2, 48, 6, 11)
     p = {k: v.double() for k, v in layer.state_dict().items()}
-    with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
+    with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
         y = layer(x.clone())  # ELA's rows gate in place
     torch.testing.assert_close(y.double(), FORMULAS[name](x.double(), p, False), rtol=0.1, atol=0.1)
 
@@ -376,6 +377,7 @@ def test_an_export_has_no_operator_that_phones_lack(make, name):
     torch.testing.assert_close(program.module()(x), layer(x.clone()))
 
 
+@on_cpu
 @pytest.mark.parametrize('name', FORMULAS)
 def test_onnxruntime_computes_the_same(make, name, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')

@@ -4,6 +4,7 @@ import copy
 import pytest
 import timm
 import torch
+from helpers import DEVICE
 from timm.layers import create_attn
 from torch.func import functional_call
 
@@ -57,6 +58,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.usefixtures('either_way')
 @pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_output_and_every_gradient_are_those_of_the_formula(make, variant, shape):
@@ -79,13 +81,14 @@ def test_output_and_every_gradient_are_those_of_the_formula(make, variant, shape
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 
 
+@pytest.mark.usefixtures('either_way')
 @pytest.mark.parametrize('no_grad', [False, True], ids=['grad', 'no_grad'])
 @pytest.mark.parametrize(
     ('dtype', 'autocast'), [*((d, False) for d in TOLERANCE), (torch.float32, True), (torch.bfloat16, True)], ids=str)
 def test_dtype_and_memory_format_of_the_input_are_kept(make, dtype, memory_format, autocast, no_grad):
     m = make(32, 's', dtype=torch.float32 if autocast else dtype)
     x = torch.randn(2, 32, 6, 11).to(dtype).to(memory_format=memory_format)
-    with torch.autocast('cpu', torch.bfloat16, enabled=autocast), torch.set_grad_enabled(not no_grad):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast), torch.set_grad_enabled(not no_grad):
         y, gates = m(x), m.gates(x)
     assert {t.dtype for t in (y, *gates)} == {dtype}  # a wider gate would promote the whole activation
     assert y.stride() == x.stride()
@@ -120,6 +123,7 @@ def test_views_give_what_their_copies_give_and_are_not_written_to(make, view, no
     assert torch.equal(base, before)
 
 
+@pytest.mark.usefixtures('either_way')
 @pytest.mark.parametrize('size', [(3, 4), (3, 3)], ids=str)
 @pytest.mark.parametrize('variant', ['b', 's'])
 def test_first_and_second_derivatives_pass_gradcheck(make, variant, size, memory_format):

@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from helpers import FullSize
+from helpers import DEVICE, FullSize
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -91,7 +91,7 @@ def test_under_autocast_the_gradients_are_as_exact_as_the_authors(make, authors,
 
     def under_autocast(m):
         leaf = x.clone().requires_grad_()
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             y = m(leaf)
         return [y.detach(), *torch.autograd.grad(y, [leaf, *m.parameters()], upstream)]  # outside, as is usual
 

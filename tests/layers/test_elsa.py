@@ -5,6 +5,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DEVICE, on_cpu
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,6 +55,7 @@ def make_args(size, kernel_size=5, heads=3, width=4, dtype=torch.float64):
 
 @pytest.mark.parametrize('nchw', [False, True])
 @pytest.mark.parametrize('dilation', [1, 2])
+@pytest.mark.usefixtures('either_way')
 @pytest.mark.parametrize('ghost', ['none', 'mul', 'add', 'both'])
 @pytest.mark.parametrize('size', [(1, 1), (5, 1), (7, 7), (13, 6), (20, 31)])
 def test_the_operator_and_its_gradients_are_the_formulas(size, ghost, dilation, nchw):
@@ -156,13 +158,14 @@ def test_scripted_traced_transformed_and_cast_it_is_the_same(options):
     step = (module.double()((x + 1e-5).double()) - module((x - 1e-5).double())) / 2e-5
     torch.testing.assert_close(tangent.double(), step, rtol=1e-3, atol=1e-3)
     module.float()
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y = module(x)
     y.sum().backward()
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), expected, rtol=0.1, atol=0.05)
 
 
+@on_cpu
 def test_exported_it_is_a_few_dozen_operations_and_runs_in_onnxruntime():
     module, x = EnhancedLocalSelfAttention(24, 3, 7, lam=0).eval(), torch.randn(2, 9, 12, 24)
     program = torch.export.export(module, (x,))

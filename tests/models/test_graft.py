@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import timm
 import torch
-from helpers import LOSS, OPTIMIZERS, assert_same_first_step, attentions, first_step, load
+from helpers import DEVICE, LOSS, OPTIMIZERS, assert_same_first_step, attentions, first_step, load
 from safetensors.torch import save_file
 from timm.layers import GroupNorm1
 from torch import nn
@@ -186,7 +186,7 @@ def test_logits_are_the_same_in_half_precision_and_from_half_precision_files(pla
     assert_same_logits(model, source, image, exact=exact)
     with torch.no_grad():
         want = source.eval()(image)
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             assert_as_close_to(want, model.eval()(image), source(image), exact)
         assert_as_close_to(want, model.bfloat16()(image.bfloat16()), source.bfloat16()(image.bfloat16()), exact)
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from helpers import attentions, skeleton, slot_blocks
+from helpers import attentions, on_cpu, skeleton, slot_blocks
 from timm.models import group_parameters, model_entrypoint
 from timm.models._efficientnet_builder import decode_arch_def
 
@@ -218,6 +218,7 @@ def test_exports_with_any_height_and_width(build_shallow, image, name):
         torch.testing.assert_close(program.module()(x), model(x))
 
 
+@on_cpu
 def test_padding_same_exports_with_any_height_and_width_to_onnx(build_shallow, image, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.nn.modules.module import _has_any_global_hook
 
 from .reshaped import reshape_parameter
-from .tracing import is_fixed_export, is_recorded, is_traced, is_transformed
+from .tracing import is_fixed_export, is_on_cpu, is_recorded, is_traced, is_transformed
 
 # The paper's four sizes. group_size: channels per group of the convolution (1 is depthwise).
 VARIANTS: dict[str, dict[str, int]] = {
@@ -156,7 +156,7 @@ def pool(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def strip_conv(z: Tensor, weight: Tensor) -> Tensor:
     """conv1d of z (N, C, L) with weight (C, C / groups, K) or (C, C / groups, K, 1), padded to the same length."""
     # by conv2d: conv1d does not use oneDNN for short strips, and inductor does not vectorize the product behind it
-    if torch.jit.is_scripting() or not (is_recorded([z, weight]) and weight.shape[1] == 1 and z.device.type == 'cpu'):
+    if torch.jit.is_scripting() or not (is_recorded([z, weight]) and weight.shape[1] == 1 and is_on_cpu(z)):
         groups, half = weight.shape[0] // weight.shape[1], weight.shape[2] // 2
         weight = weight if weight.dim() == 4 else weight.unsqueeze(3)
         return F.conv2d(z.unsqueeze(3), weight, None, padding=[half, 0], groups=groups).reshape(z.shape)
@@ -183,13 +183,13 @@ def gate(x: Tensor, logits_h: Tensor, logits_w: Tensor, inplace: bool = False) -
 
 def _in_layout_of(x: Tensor, strip: Tensor) -> Tensor:
     """A strip (N, C, L) in the memory format of x: on a CPU, mixed formats multiply slowly."""
-    nhwc = x.stride(1) == 1 and x.device.type == 'cpu'
+    nhwc = x.stride(1) == 1 and is_on_cpu(x)
     return strip.transpose(1, 2).contiguous().transpose(1, 2) if nhwc else strip
 
 
 def _strips(x: Tensor, mean: bool = True) -> tuple[Tensor, Tensor]:
     """Means, or sums, of x over its width (N, C, H) and over its height (N, C, W)."""
-    nhwc = not is_traced() and not is_transformed() and x.stride(1) == 1 and x.device.type == 'cpu'
+    nhwc = x.stride(1) == 1 and is_on_cpu(x)
     if not (nhwc or is_fixed_export(x)):
         return (x.mean(3), x.mean(2)) if mean else (x.sum(3), x.sum(2))
     # in NHWC, a pooling is far faster than a reduction over one axis; in an export, it is what XNNPACK takes

@@ -19,7 +19,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .tracing import is_traced, is_transformed
+from .tracing import is_on_cpu, is_traced, is_transformed
 
 torch.fx.wrap('elsa')  # one node in a traced graph, with its choice of path inside
 
@@ -109,8 +109,8 @@ def _banded_by_images(v: Tensor, attn: Tensor, kernel_size: int, dilation: int) 
     """`banded_attention`, whose matrices live only while the images of one step are computed."""
     if is_traced() or is_transformed() or not len(v):
         return banded_attention(v, attn, kernel_size, dilation)
-    # the matrices of one image stay in a CPU's caches; a GPU wants more work at once
-    step = 1 if v.device.type == 'cpu' else 32
+    # on a CPU, the matrices of one image stay in its caches
+    step = 1 if is_on_cpu(v) else 32
     return torch.cat([
         _recomputed(banded_attention, *images, kernel_size, dilation)
         for images in zip(v.split(step), attn.split(step), strict=True)])

@@ -21,6 +21,12 @@ def is_transformed() -> bool:
 
 
 @torch.jit.unused
+def is_on_cpu(x: torch.Tensor) -> bool:
+    """True if eager mode computes x on a CPU, where the cost of an operation depends on the memory format."""
+    return x.device.type == 'cpu' and not is_traced() and not is_transformed()
+
+
+@torch.jit.unused
 def is_fixed_export(x: torch.Tensor) -> bool:
     """True in an export with x's channels and sizes fixed. In dynamo nothing tells: every size looks like an int."""
     return (is_exporting() and not torch.compiler.is_dynamo_compiling()
