@@ -11,13 +11,14 @@ residual add. In a BasicBlock the two are the same.
 """
 from typing import Any
 
-from timm.models import ResNet, build_model_with_cfg, clean_state_dict
+from timm.models import ResNet, build_model_with_cfg
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from .blocks import InnerAttnBottleneck
 from .graft import Slot, graft
 from .registry import MODELS, Model, make_default_cfgs, register_models, slot_models
+from .weights import unwrap
 
 __all__: list[str] = []  # register_model adds each entry point
 
@@ -40,8 +41,8 @@ _SLOTS = {
 
 
 def rename_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a checkpoint, which may stand under 'state_dict' and begin with 'module.'."""
-    return clean_state_dict(state_dict.get('state_dict', state_dict))
+    """The weights of a checkpoint; see `unwrap`."""
+    return unwrap(state_dict)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from timm.layers import resize_rel_pos_bias_table
-from timm.models import SwinTransformer, build_model_with_cfg, clean_state_dict, named_apply
+from timm.models import SwinTransformer, build_model_with_cfg, named_apply
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..layers.attn_layers import ELSA
 from ..layers.elsa import EnhancedLocalSelfAttention
 from .registry import Model, make_default_cfgs, register_models
-from .weights import difference
+from .weights import difference, unwrap
 
 __all__: list[str] = []  # register_model adds each entry point
 
@@ -117,12 +117,10 @@ class ElsaSwinTransformer(SwinTransformer):
 def rename_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Weights in the authors' layout, or in timm's, under timm's names.
 
-    They may stand under 'state_dict' or 'model' and begin with 'module.'. Of a detector or a segmenter, whose keys
-    begin with 'backbone.', the backbone is taken, and the norm of its last feature map as that of the classifier.
+    Of a detector or a segmenter, whose keys begin with 'backbone.', the backbone is taken, and the norm of its last
+    feature map as that of the classifier.
     """
-    for wrapper in ('state_dict', 'model'):
-        state_dict = state_dict.get(wrapper, state_dict)
-    state_dict = clean_state_dict(state_dict)
+    state_dict = unwrap(state_dict)
     backbone = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
     if backbone:
         norms = tuple(f'norm{i}.' for i in range(len(model.layers) - 1))  # of feature maps that timm gives without

@@ -2,7 +2,20 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from timm.models import clean_state_dict
 from torch import Tensor, nn
+
+
+def unwrap(state_dict: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of a checkpoint, which may stand under 'state_dict' or 'model', and begin with 'module.' or 'model.'.
+
+    The latter is Lightning's, and is taken off where all names have it.
+    """
+    for wrapper in ('state_dict', 'model'):
+        state_dict = state_dict.get(wrapper, state_dict)
+    state_dict = clean_state_dict(state_dict)
+    is_lightning = all(k.startswith('model.') for k in state_dict)
+    return {k.removeprefix('model.') if is_lightning else k: v for k, v in state_dict.items()}
 
 
 def difference(
@@ -12,7 +25,7 @@ def difference(
         without: Iterable[str] = (),
         adapted: bool = False,
 ) -> str:
-    """Says in what a checkpoint differs from a model: in keys or shapes, the first of them. Empty if in nothing.
+    """Says in what a checkpoint differs from a model: in keys or shapes, the first of each. Empty if in nothing.
 
     timm's loader is not strict when num_classes differs, and would leave what is missing at random.
 
@@ -37,9 +50,14 @@ def difference(
     missing = [k for k in own if not (k in state_dict or is_head(k) or k.endswith('num_batches_tracked'))]
     unexpected = [
         k for k in state_dict if not (k in own or is_head(k) or (headless and k.partition('.')[0] not in parts))]
-    for what, keys in (('lacks {} weights', missing), ('has {} unexpected weights', unexpected)):
-        if keys:
-            return f'the checkpoint {what.format(len(keys))}, first {keys[0]!r}'
+    differing = [
+        f'{what} {len(keys)} {kind}, first {keys[0]!r}'
+        for what, kind, keys in (('lacks', 'weights', missing), ('has', 'unexpected weights', unexpected)) if keys]
+    if differing:
+        prefixes = (k.removesuffix(missing[0]) for k in unexpected if missing and k.endswith(f'.{missing[0]}'))
+        prefix = next((prefix for prefix in prefixes if all(f'{prefix}{k}' in state_dict for k in missing)), '')
+        hint = f' (all that it lacks stands under the prefix {prefix!r}: take that off)' if prefix else ''
+        return f'the checkpoint {", and ".join(differing)}{hint}'
     for k in filter(state_dict.__contains__, own):
         found, wanted = list(state_dict[k].shape), list(own[k].shape)
         axis = 1 if k == stem else 0 if is_head(k) else None
