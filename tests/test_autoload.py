@@ -74,12 +74,42 @@ def test_registering_again_changes_nothing(forks):
         import importlib, timm, timm_ela, timm_ela.autoload
         entrypoints = [timm.model_entrypoint(name) for name in timm.list_models('*_ela_*')]
         timm_ela.autoload.install()
-        timm_ela.autoload.register_models()
+        timm_ela.autoload.import_families()
         importlib.reload(timm_ela.autoload).install()
         importlib.reload(timm_ela)
         assert entrypoints == [timm.model_entrypoint(name) for name in timm.list_models('*_ela_*')]
     '''
     assert not forks(code).stderr  # timm would warn: 'Overwriting ... in registry'
+
+
+AGAIN = '''
+    import sys
+    import timm, timm_ela
+    for _ in range(2):
+        for name in [name for name in sys.modules if name.partition('.')[0] in {dropped}]:
+            del sys.modules[name]
+        {again}
+        import timm
+        {count}
+        model = timm.create_model('resnet18_ela_t', device='meta')
+        assert isinstance(model, timm.models.ResNet)
+        from timm_ela import EfficientLocalAttention
+        assert isinstance(model.layer1[0].se, EfficientLocalAttention)
+        assert sum('timm_ela' in type(finder).__module__ for finder in sys.meta_path) == 1
+'''
+
+
+@pytest.mark.parametrize('hook', [True, False])
+@pytest.mark.parametrize(('dropped', 'again'), [
+    (('timm',), ''),
+    (('timm',), 'import timm_ela; timm_ela.install()'),
+    (('timm',), 'from timm_ela import EfficientLocalAttention'),
+    (('timm', 'timm_ela'), 'import timm_ela'),
+])
+def test_the_models_follow_a_timm_that_is_imported_anew(forks, dropped, again, hook):
+    done = forks(AGAIN.format(dropped=dropped, again=again, count=COUNT), hook=hook)
+    assert done.stdout == f'{NUMBER}\n' * 2
+    assert not done.stderr
 
 
 def test_timm_may_be_imported_by_threads(forks):
@@ -205,6 +235,25 @@ def test_where_registering_fails_timm_goes_on_with_one_warning_that_says_what_fa
     known = dict.fromkeys(re.findall(r'^\| (?:lowest|highest) \|(?: \S+ \|){2} (\S+) \|', table, re.MULTILINE))
     assert f'This is timm 9.9; known to work: {", ".join(known)}.' in warned[0]
     assert 'partially initialized module \'timm.layers\'' not in done.stderr  # too early: timm had not finished
+
+
+def test_after_a_timm_that_failed_one_that_works_has_the_models(forks, tmp_path):
+    """A notebook that upgrades timm."""
+    path = write_timm(tmp_path, 'import timm.layers\n')
+    code = f'''
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import timm
+        del sys.path[0]
+        for name in [name for name in sys.modules if name.partition('.')[0] == 'timm']:
+            del sys.modules[name]
+        import timm
+        {COUNT}
+        assert type(timm.create_model('resnet18_triplet').layer1[0].se.cw.conv) is timm.layers.ConvNormAct
+    '''
+    done = forks(code, path)
+    assert done.stdout == f'{NUMBER}\n'
+    assert len(our_warnings(done.stderr)) == 1
 
 
 def test_where_warnings_are_errors_timm_goes_on_all_the_same(forks, tmp_path):

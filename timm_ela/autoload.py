@@ -16,21 +16,24 @@ _KNOWN_TIMM = ('1.0.31',)  # versions that passed the tests: make compat
 _registering = allocate_lock()
 
 
-def register_models(retry: bool = True) -> bool:
+def import_families(retry: bool = True) -> None:
     """Imports the families, whose models register themselves with timm; one warning names those that fail.
 
-    What is registered stays as it is, so that calling again does what an earlier call could not.
+    What is registered stays as it is, so that calling again does what an earlier call could not. Where timm was dropped
+    from sys.modules and imported anew, all is imported anew.
 
     Args:
         retry: Whether to leave what fails to a new thread if there are other threads.
-
-    Returns:
-        True if all families are registered.
     """
     if not _registering.acquire(blocking=False):  # further up in this thread, or another thread is at it
-        return False
+        return
     failed = []
     try:
+        loaded_with = getattr(sys.modules.get(f'{__package__}.layers'), 'timm', None)
+        if loaded_with not in (None, sys.modules.get('timm')):
+            for name in list(sys.modules):
+                if name.startswith(f'{__package__}.') and name != __name__:
+                    del sys.modules[name]
         for name in _FAMILIES:
             module = f'{__package__}.models.{name}'
             try:
@@ -42,7 +45,7 @@ def register_models(retry: bool = True) -> bool:
     if failed and retry and len(sys._current_frames()) > 1:
         # A thread that imports a module of ours may wait for timm, which this one loads. A new one holds no import's
         # lock, and can wait for both.
-        start_new_thread(register_models, (False,))
+        start_new_thread(import_families, (False,))
     elif failed:
         version = getattr(sys.modules.get('timm'), '__version__', 'unknown')
         known = f'This is timm {version}; known to work: {", ".join(_KNOWN_TIMM)}.'
@@ -54,11 +57,13 @@ def register_models(retry: bool = True) -> bool:
         ours = [module for name, module in list(sys.modules.items()) if name.partition('.')[0] == __package__]
         if not any(getattr(getattr(module, '__spec__', None), '_initializing', False) for module in ours):
             sys.modules.pop(__package__, None)  # so that `import timm_ela` tries again
-    return not failed
 
 
 class _RegisterAfterTimm(MetaPathFinder):
-    """Finds `timm.models` as the other finders do, and registers our models right after it has run."""
+    """Finds `timm.models` as the other finders do, and registers our models right after it has run.
+
+    It stays: an import of timm may fail and be tried again, and a notebook may drop timm and import another version.
+    """
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
         if name != _TARGET:
@@ -70,7 +75,7 @@ class _RegisterAfterTimm(MetaPathFinder):
             spec = finder.find_spec(name, path, target) if hasattr(finder, 'find_spec') else None
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _LoadAndRegister(spec.loader, self)
+                    spec.loader = _LoadAndRegister(spec.loader)
                 return spec
         return None
 
@@ -78,9 +83,8 @@ class _RegisterAfterTimm(MetaPathFinder):
 class _LoadAndRegister(Loader):
     """Takes a loader's place for one import. The loader is not patched: a zip archive's also loads other modules."""
 
-    def __init__(self, loader: Loader, finder: _RegisterAfterTimm) -> None:
+    def __init__(self, loader: Loader) -> None:
         self._loader = loader
-        self._finder = finder
 
     def create_module(self, spec: ModuleSpec):
         return self._loader.create_module(spec)
@@ -88,14 +92,12 @@ class _LoadAndRegister(Loader):
     def exec_module(self, module) -> None:
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        # The finder stays until all is done: an import of timm may fail, or be interrupted, and be tried again.
-        if register_models() and self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
+        import_families()
 
 
 def install() -> None:
-    """Registers what is not registered if `timm.models` is loaded, otherwise right after it loads. Never raises."""
-    if _TARGET in sys.modules:
-        register_models()
-    elif not any(type(finder).__name__ == _RegisterAfterTimm.__name__ for finder in sys.meta_path):
+    """Registers what is not registered if `timm.models` is loaded, and right after it loads. Never raises."""
+    if not any(type(finder).__name__ == _RegisterAfterTimm.__name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegisterAfterTimm())
+    if _TARGET in sys.modules:
+        import_families()
