@@ -284,8 +284,15 @@ def write_training_checkpoint(folder, state_dict):
     return folder / 'last.pth.tar'
 
 
+def write_lightning_checkpoint(folder, state_dict):
+    state_dict = {f'model.{k}': v for k, v in state_dict.items()}  # a module that calls its network `model`
+    torch.save({'epoch': 3, 'state_dict': state_dict}, folder / 'last.ckpt')
+    return folder / 'last.ckpt'
+
+
 @pytest.mark.parametrize(('base', 'layer'), FEW[::2])
-@pytest.mark.parametrize('write', [write_safetensors, write_pth, write_training_checkpoint])
+@pytest.mark.parametrize(
+    'write', [write_safetensors, write_pth, write_training_checkpoint, write_lightning_checkpoint])
 def test_plain_weights_load_from_a_file(plain, image, tmp_path, base, layer, write):
     source = plain(base)
     file = str(write(tmp_path, source.state_dict()))

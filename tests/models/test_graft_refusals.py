@@ -1,6 +1,7 @@
 """What cannot be grafted is refused with the reason, and tags are there for what can."""
 import dataclasses
 import json
+import re
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from helpers import load, run_python, skeleton
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
+from timm_ela.hub.publish import convert_checkpoint
 from timm_ela.layers.attn_layers import ATTN_LAYERS
 from timm_ela.layers.ela import EfficientLocalAttention
 from timm_ela.models.registry import MODELS
@@ -124,6 +126,40 @@ def test_a_checkpoint_without_the_statistics_of_a_norm_is_refused(base, kwargs):
     state_dict = {k: v for k, v in skeleton(base).state_dict().items() if 'running_' not in k}
     with pytest.raises(RuntimeError, match=r"the checkpoint lacks \d+ weights, first 'bn1.running_mean'"):
         load(f'{base}_ela_b', state_dict, device='meta', **kwargs)
+
+
+@WAYS_TO_LOAD
+@pytest.mark.parametrize('attention', [True, False], ids=['own', 'plain'])
+@pytest.mark.parametrize(('name', 'first', 'prefix'), [
+    ('resnet18_ela_t', 'conv1.weight', 'net.'), ('mobilenetv2_050_ca', 'conv_stem.weight', 'backbone.'),
+    ('resnet50_ca', 'conv1.weight', 'model.')])
+def test_a_prefix_of_the_names_is_said(name, first, prefix, attention, kwargs):
+    state_dict = skeleton(name if attention else MODELS[name].base).state_dict()
+    state_dict = {f'{prefix}{k}': v for k, v in state_dict.items()} | {'criterion.weight': torch.ones(3)}
+    with pytest.raises(RuntimeError) as error:
+        load(name, state_dict, device='meta', **kwargs)
+    message = str(error.value)
+    found = re.search(r"lacks \d+ weights, first '(\S+)', and has \d+ unexpected weights, first '(\S+)' ", message)
+    assert found.groups() == (first, f'{prefix}{first}')
+    assert f"(all that it lacks stands under the prefix '{prefix}': take that off)" in message
+
+
+def test_convert_says_the_prefix_and_nothing_of_a_classifier(tmp_path, caplog):
+    torch.save({f'net.{k}': v for k, v in timm.create_model('resnet18').state_dict().items()}, tmp_path / 'net.pth')
+    with pytest.raises(RuntimeError, match="under the prefix 'net.'"):
+        convert_checkpoint(tmp_path / 'net.pth', 'resnet18_ela_t', tmp_path / 'ours')
+    assert 'classifier' not in caplog.text
+
+
+@WAYS_TO_LOAD
+def test_the_first_missing_and_the_first_unexpected_weight_are_named_together(kwargs):
+    state_dict = skeleton('resnet18').state_dict()
+    state_dict['layer1.0.conv9.weight'] = state_dict.pop('layer1.0.conv2.weight')
+    with pytest.raises(RuntimeError) as error:
+        load('resnet18_ela_t', state_dict, device='meta', **kwargs)
+    assert str(error.value) == (
+        "Cannot graft onto resnet18_ela_t: the checkpoint lacks 1 weights, first 'layer1.0.conv2.weight', and has 1 "
+        "unexpected weights, first 'layer1.0.conv9.weight'; it must be one of the plain model.")
 
 
 SETTINGS = ('mean', 'std', 'input_size', 'test_input_size', 'crop_pct', 'first_conv', 'classifier')

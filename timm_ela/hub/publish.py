@@ -105,8 +105,6 @@ def _classes_and_channels(state_dict: dict[str, Tensor], name: str) -> dict[str,
     cfg = get_pretrained_cfg(name)
     parts = (part if isinstance(part, str) else part[0] for part in (cfg.first_conv, cfg.classifier))
     stem, head = (state_dict.get(f'{part}.weight') for part in parts)
-    if head is None:
-        _logger.warning('The checkpoint has no classifier: the model is written without one.')
     return dict(num_classes=0 if head is None else len(head), in_chans=3 if stem is None else stem.shape[1])
 
 
@@ -214,6 +212,8 @@ def convert_checkpoint(
             model = timm.create_model(model_name, **{**_create_args(args), **_classes_and_channels(state_dict, arch)})
             data_config = resolve_input_data_config(model, args) if args else None
         complete = family(arch).checkpoint_filter_fn(state_dict, model)
+        if model.num_classes == 0:
+            _logger.warning('The checkpoint has no classifier: the model is written without one.')
         grafted = len(complete) > len(state_dict)
         if not grafted and state_dict.keys() == original.keys():
             raise RuntimeError(
