@@ -2,8 +2,6 @@
 
 `SA-Net: Shuffle Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2102.00240
 """
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -28,12 +26,11 @@ class ShuffleAttention(nn.Module):
     Source: `SA-Net: Shuffle Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2102.00240
     """
 
-    def __init__(self, channels: int, groups: int = 64, act_layer: Any = None, device=None, dtype=None) -> None:
+    def __init__(self, channels: int, groups: int = 64, device=None, dtype=None) -> None:
         """
         Args:
             channels: Channels C of the input, even.
             groups: Greatest number of groups G.
-            act_layer: Not used: timm's builders pass the block's activation to every attention layer.
             device: Device of the parameters.
             dtype: Dtype of the parameters.
 

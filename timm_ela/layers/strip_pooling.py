@@ -2,8 +2,6 @@
 
 `Strip Pooling: Rethinking Spatial Pooling for Scene Parsing` - https://arxiv.org/abs/2003.13328
 """
-from typing import Any
-
 from torch import Tensor, nn
 
 
@@ -24,11 +22,10 @@ class StripPooling(nn.Module):
     Source: `Strip Pooling: Rethinking Spatial Pooling for Scene Parsing` - https://arxiv.org/abs/2003.13328
     """
 
-    def __init__(self, channels: int, act_layer: Any = None, device=None, dtype=None) -> None:
+    def __init__(self, channels: int, device=None, dtype=None) -> None:
         """
         Args:
             channels: Channels C of the input.
-            act_layer: Not used: timm's builders pass the block's activation to every attention layer.
             device: Device of the parameters.
             dtype: Dtype of the parameters.
         """

@@ -2,8 +2,6 @@
 
 `Rotate to Attend: Convolutional Triplet Attention Module` - https://arxiv.org/abs/2010.03045
 """
-from typing import Any
-
 import torch
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
@@ -39,12 +37,11 @@ class TripletAttention(nn.Module):
     Source: `Rotate to Attend: Convolutional Triplet Attention Module` - https://arxiv.org/abs/2010.03045
     """
 
-    def __init__(self, channels: int, kernel_size: int = 7, act_layer: Any = None, device=None, dtype=None) -> None:
+    def __init__(self, channels: int, kernel_size: int = 7, device=None, dtype=None) -> None:
         """
         Args:
             channels: Not used: the layer takes any number of channels.
             kernel_size: Side of the convolutions, odd.
-            act_layer: Not used: timm's builders pass the block's activation to every attention layer.
             device: Device of the parameters.
             dtype: Dtype of the parameters.
         """
