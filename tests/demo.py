@@ -35,7 +35,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed, update_summary
 from torch import nn
 
-from timm_ela.models.registry import family
+from timm_ela.models.registry import MODELS
 
 ROOT = Path('demo')
 CACHE = Path('.cache')
@@ -71,7 +71,7 @@ def classify_photographs() -> None:
     run(TIMM_ELA, 'convert', WEIGHTS, folder, '--model', LITE, '--license', 'apache-2.0', '--force')
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     plain = timm.create_model('tf_efficientnet_lite0').eval()
-    load_checkpoint(plain, WEIGHTS, filter_fn=family(LITE).rename_state_dict)
+    load_checkpoint(plain, WEIGHTS, filter_fn=MODELS[LITE].rename_state_dict)
     transform = create_transform(**resolve_model_data_config(model))
     x = torch.stack([transform(Image.open(ROOT / f'{name}.png')) for name in PHOTOGRAPHS])
     logits = model(x)

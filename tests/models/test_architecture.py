@@ -13,7 +13,7 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from torch import nn
 
 from timm_ela.layers.attn_layers import ATTN_LAYERS
-from timm_ela.models.registry import MODELS, family, read_counts
+from timm_ela.models.registry import MODELS, read_counts
 
 sys.path.insert(0, str(ROOT / 'weights_cards'))
 from make_cards import measure
@@ -27,12 +27,13 @@ PUBLISHED = {
     'tf_efficientnet_lite0': (4_652_008, 4_714_504, 4_732_360, 5_026_984, 5_169_832),
 }
 BLOCKS = {  # that have the slot, in some models
-    'resnet18': 8, 'resnet34': 16, 'resnet50': 16, 'resnet101': 33, 'resnet152': 50,
+    'resnet18': 8, 'resnet34': 16, 'resnet26': 8, 'resnet50': 16, 'resnet50d': 16, 'resnet101': 33, 'resnet152': 50,
+    'resnext50_32x4d': 16, 'wide_resnet50_2': 16,
     'mobilenetv2_050': 16, 'mobilenetv2_100': 16, 'mobilenetv2_110d': 21, 'mobilenetv2_120d': 25, 'mobilenetv2_140': 16,
     'efficientnet_lite0': 15, 'tf_efficientnet_lite0': 15, 'tf_efficientnet_lite1': 20, 'tf_efficientnet_lite2': 20,
     'tf_efficientnet_lite3': 23, 'tf_efficientnet_lite4': 29,
 }
-SLOT_MODELS = {k: m for k, m in MODELS.items() if family(k).__name__.endswith(('attn_resnet', 'attn_efficientnet'))}
+SLOT_MODELS = {k: m for k, m in MODELS.items() if m.layer in ATTN_LAYERS.values()}
 BASES = list(dict.fromkeys(model.base for model in SLOT_MODELS.values()))
 
 

@@ -133,7 +133,8 @@ def image():
     *((name, 'bare') for name in THEIRS), *(('ca', wrapping) for wrapping in WRAPPINGS if wrapping != 'bare')])
 def test_logits_are_those_of_their_own_code(theirs, image, name, wrapping):
     with torch.no_grad():
-        model = load(THEIRS[name][1], WRAPPINGS[wrapping](theirs[name].state_dict())).eval().double()
+        state_dict = WRAPPINGS[wrapping](theirs[name].state_dict())
+        model = load(THEIRS[name][1], state_dict, dtype=torch.float64).eval()
         want = theirs[name](image)
         assert (want[0] - want[1]).abs().max() > 0.01
         torch.testing.assert_close(model(image), want, rtol=0, atol=1e-10)
@@ -144,9 +145,11 @@ def test_logits_from_a_file(theirs, image, tmp_path, name, old):
     state_dict = {k: v for k, v in theirs[name].state_dict().items() if not (old and k.endswith('num_batches_tracked'))}
     path = tmp_path / 'model.pth'
     torch.save(WRAPPINGS['both'](state_dict), path)
-    model = timm.create_model(THEIRS[name][1], pretrained=True, pretrained_cfg_overlay={'file': str(path)})
+    overlay = {'file': str(path)}
+    model = timm.create_model(
+        THEIRS[name][1], pretrained=True, pretrained_cfg_overlay=overlay, dtype=torch.float64).eval()
     with torch.no_grad():
-        torch.testing.assert_close(model.eval().double()(image), theirs[name](image), rtol=0, atol=1e-10)
+        torch.testing.assert_close(model(image), theirs[name](image), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize('name', ['ca', 'ela'])
@@ -162,7 +165,7 @@ def test_logits_after_timm_ela_convert(theirs, image, tmp_path, name):
     'kwargs', [{'num_classes': 7}, {'num_classes': 0}, {'in_chans': 1}, {'features_only': True}], ids=str)
 @pytest.mark.parametrize('name', ['ca', 'torchvision'])
 def test_they_are_adapted_as_timms_own(theirs, image, name, kwargs):
-    model = load(THEIRS[name][1], theirs[name].state_dict(), **kwargs).eval().double()
+    model = load(THEIRS[name][1], theirs[name].state_dict(), dtype=torch.float64, **kwargs).eval()
     with torch.no_grad():
         if 'in_chans' in kwargs:
             weight = theirs[name].features[0][0].weight.sum(1, keepdim=True)
@@ -237,7 +240,7 @@ def efficientnet_pytorch(plain):
 ])
 def test_efficientnet_pytorchs_names_load(randomize, base, layer, kwargs):
     plain = randomize(timm.create_model(base))
-    source = load(base, plain.state_dict(), **kwargs).eval()
+    source = load(f'{base}_{layer}', plain.state_dict(), **kwargs).eval()
     model = load(f'{base}_{layer}', efficientnet_pytorch(plain), **kwargs).eval()
     x = torch.randn(2, kwargs.get('in_chans', 3), 64, 48)
     with torch.no_grad():

@@ -115,6 +115,15 @@ def test_a_resnets_training_step_is_the_plain_models_to_the_bit(plain, image, ba
     assert_trains_on_the_same_bits(source, model, layer, scaled_names(model, BEFORE[base]), image)
 
 
+@pytest.mark.parametrize(('base', 'layer'), [
+    ('resnet26', 'ca'), ('resnet50d', 'ela_s'), ('resnext50_32x4d', 'cbam'), ('wide_resnet50_2', 'ela_t')])
+def test_every_kind_of_resnet_is_grafted_to_the_bit(plain, image, base, layer):
+    source = deepcopy(plain(base))
+    model = load(f'{base}_{layer}', source.state_dict())
+    assert_same_logits(model, source, image, exact=True)
+    assert_trains_on_the_same_bits(source, model, layer, scaled_names(model, BEFORE['resnet50']), image)
+
+
 @pytest.mark.parametrize(('base', 'scaled'), [
     ('resnet18', ('bn2.weight', 'bn2.bias')), ('resnet50', ('bn3.weight', 'bn3.bias'))])
 def test_the_output_slot_computes_and_trains_on_the_same_bits(plain, image, base, scaled):

@@ -3,14 +3,14 @@
 timm's tests (test_conformance.py) ask for shapes, a gradient of each parameter, TorchScript, fx and a reset head.
 """
 import inspect
+import textwrap
 from functools import partial
 
 import pytest
 import timm
 import torch
-from helpers import attentions, on_cpu, skeleton, slot_blocks
+from helpers import attentions, on_cpu, run_python, skeleton, slot_blocks
 from timm.models import group_parameters, model_entrypoint
-from timm.models._efficientnet_builder import decode_arch_def
 
 from timm_ela import EfficientLocalAttention
 from timm_ela.models.registry import MODELS
@@ -53,10 +53,30 @@ def test_entry_points_look_like_those_of_timm():
 
 @pytest.mark.parametrize('layer', ['ela_b', 'gc'])
 def test_timms_name_of_width_1_leads_to_ours(layer):
-    with pytest.warns(UserWarning, match=f'mobilenetv2_{layer}'):
-        model = timm.create_model(f'mobilenetv2_100_{layer}', device='meta')
-    assert model.pretrained_cfg['architecture'] == f'mobilenetv2_{layer}'
-    assert f'mobilenetv2_100_{layer}' not in timm.list_models()
+    code = '''
+        import sys, warnings
+        warnings.simplefilter('always')
+        import timm
+        model = timm.create_model(sys.argv[1], device='meta')
+        print(model.pretrained_cfg['architecture'], model.pretrained_cfg['tag'], sys.argv[1] in timm.list_models())
+    '''
+    done = run_python(textwrap.dedent(code), f'mobilenetv2_100_{layer}')
+    assert done.stdout == f'mobilenetv2_{layer} graft_ra_in1k False\n'
+    assert not done.stderr  # timm would say that the name is deprecated
+
+
+@pytest.mark.parametrize('layer', ['ca', 'se', 'gc', 'sp'])
+def test_the_convolutions_of_a_layer_are_drawn_as_those_of_timms_efficientnets(layer):
+    drawn = {}
+    for m in attentions(timm.create_model(f'mobilenetv2_110d_{layer}')).values():
+        for name, conv in m.named_modules():
+            if isinstance(conv, torch.nn.Conv2d):
+                std = (2 / (conv.out_channels * conv.weight[0, 0].numel())) ** 0.5
+                drawn.setdefault(name, []).append(conv.weight.flatten() / std)
+                assert conv.bias is None or not conv.bias.any()
+    assert drawn
+    for name, weights in drawn.items():
+        assert abs(torch.cat(weights).std() - 1) < 0.05, name
 
 
 @pytest.mark.parametrize(('name', 'slot', 'before', 'after'), [
@@ -189,8 +209,9 @@ def build_shallow(build):
     def build_shallow(name, **kwargs):
         if name.startswith('resnet'):
             return build(name, layers=(1, 1, 1, 1), **kwargs)
-        rows = [['ds_r1_k3_s1_c16'], ['ir_r2_k5_s2_e6_c24']]
-        return build(name, block_args=decode_arch_def(rows), **kwargs)
+        model = build(name, **kwargs)
+        model.prune_intermediate_layers(1)  # in timm's count, the second of five feature maps
+        return model
 
     return build_shallow
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from timm_ela.hub.publish import convert_checkpoint
 from timm_ela.layers.attn_layers import ATTN_LAYERS
-from timm_ela.models.attn_efficientnet import rename_state_dict
+from timm_ela.models.registry import MODELS
 
 BASE = 'tf_efficientnet_lite0'
 PHOTOGRAPHS = ('chelsea', 'coffee', 'rocket')
@@ -31,7 +31,7 @@ def make(name, file=FILE, **kwargs):
 def make_plain(base, file):
     """timm's own model with the same weights, which timm alone cannot name."""
     model = timm.create_model(base)
-    model.load_state_dict(rename_state_dict(torch.load(file, weights_only=True), model))
+    model.load_state_dict(MODELS[f'{base}_ela_b'].rename_state_dict(torch.load(file, weights_only=True), model))
     return model.eval()
 
 

@@ -13,7 +13,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models import get_arch_name, get_pretrained_cfg, save_for_hf
 from torch import Tensor, nn
 
-from ..models.registry import GRAFT, MODELS, WEIGHTS_INFO, family
+from ..models.registry import GRAFT, MODELS, WEIGHTS_INFO
 from ..models.weights import difference
 from .cards import converted_card, run_card
 from .train_run import TrainRun, errors_name, read_checkpoint, read_class_names, write_args
@@ -207,11 +207,11 @@ def convert_checkpoint(
         args = vars(saved['args']) if 'state_dict' in saved and isinstance(saved.get('args'), Namespace) else {}
         with errors_name(checkpoint):  # a skeleton has the names and places of the weights
             skeleton = timm.create_model(model_name, device='meta', **_create_args(args))
-        state_dict = family(arch).rename_state_dict(original, skeleton)
+        state_dict = MODELS[arch].rename_state_dict(original, skeleton)
         with errors_name(checkpoint):
             model = timm.create_model(model_name, **{**_create_args(args), **_classes_and_channels(state_dict, arch)})
             data_config = resolve_input_data_config(model, args) if args else None
-        complete = family(arch).checkpoint_filter_fn(state_dict, model)
+        complete = MODELS[arch].checkpoint_filter_fn(state_dict, model)
         if model.num_classes == 0:
             _logger.warning('The checkpoint has no classifier: the model is written without one.')
         grafted = len(complete) > len(state_dict)

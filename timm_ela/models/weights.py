@@ -54,7 +54,7 @@ def difference(
         f'{what} {len(keys)} {kind}, first {keys[0]!r}'
         for what, kind, keys in (('lacks', 'weights', missing), ('has', 'unexpected weights', unexpected)) if keys]
     if differing:
-        prefixes = (k.removesuffix(missing[0]) for k in unexpected if missing and k.endswith(f'.{missing[0]}'))
+        prefixes = (k.removesuffix(missing[0]) for k in state_dict if missing and k.endswith(f'.{missing[0]}'))
         prefix = next((prefix for prefix in prefixes if all(f'{prefix}{k}' in state_dict for k in missing)), '')
         hint = f' (all that it lacks stands under the prefix {prefix!r}: take that off)' if prefix else ''
         return f'the checkpoint {", and ".join(differing)}{hint}'

