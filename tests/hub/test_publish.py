@@ -21,6 +21,7 @@ MODEL, PLAIN = 'mobilenetv2_050_ela_t', 'mobilenetv2_050'  # the smallest
 FILES = {'model.safetensors', 'config.json', 'README.md'}  # of a converted checkpoint; a run has args.yaml as well
 NAMES = ['rose', 'tulip', 'água', '日本', 'a b', 'x', 'y']
 TRAINED = {'top1': 70.5, 'top5': 95.25}  # what write_run measured on model_best.pth.tar
+ROUNDING = 1e-4  # of a graft, relative to the greatest logit of a fresh model
 
 
 def load(folder: Path) -> nn.Module:
@@ -32,10 +33,11 @@ def have_equal_weights(model: nn.Module, other: nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def give_equal_logits(model: nn.Module, other: nn.Module) -> bool:
+def give_equal_logits(model: nn.Module, other: nn.Module, tolerance: float = 0) -> bool:
     x = torch.randn(2, model.in_chans, 48, 64)
     with torch.no_grad():
-        return torch.equal(model.eval()(x), other.eval()(x))
+        logits = model.eval()(x)
+        return bool((other.eval()(x) - logits).abs().max() <= tolerance * logits.abs().max())
 
 
 def card(folder: Path) -> ModelCard:
@@ -301,7 +303,7 @@ def test_a_plain_checkpoint_becomes_an_ela_checkpoint_that_computes_the_same(new
     folder = convert_checkpoint(file, MODEL, tmp_path / 'out')
     model = load(folder)
     assert type(model).__name__ == 'EfficientNet' and model.num_classes == 7
-    assert give_equal_logits(plain, model)
+    assert give_equal_logits(plain, model, ROUNDING)
     assert {path.name for path in folder.iterdir()} == FILES and 'neutral' in card(folder).text
     fresh = timm.create_model(MODEL, num_classes=7)  # as `train.py --initial-checkpoint` loads it
     load_checkpoint(fresh, folder / 'model.safetensors', strict=True)
@@ -337,13 +339,13 @@ def test_the_command_in_the_card_builds_the_model_that_was_written(new_model, tm
         f'local-dir:{folder}', pretrained=True, in_chans=kwargs.get('in_chans', 3), num_classes=None, drop_rate=0.0,
         drop_path_rate=None, drop_block_rate=None, global_pool=None, bn_momentum=None, bn_eps=None, scriptable=False,
         checkpoint_path='')
-    assert give_equal_logits(plain, made)
+    assert give_equal_logits(plain, made, ROUNDING)
     if 'num_classes' in kwargs:
         assert made.num_classes == 0 and 'no classifier: the model is written without one' in caplog.text
         made = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=5).eval()
         x = torch.randn(1, 3, 48, 64)
         assert made(x).shape == (1, 5)
-        assert torch.equal(made.forward_features(x), plain.eval().forward_features(x))
+        torch.testing.assert_close(made.forward_features(x), plain.eval().forward_features(x), rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize('ema', [True, False])
@@ -358,6 +360,6 @@ def test_of_raw_weights_and_their_average_the_average_is_taken_or_what_is_asked_
     raw, average = new_model(PLAIN), new_model(PLAIN)
     torch.save(container(raw.state_dict(), average.state_dict()), tmp_path / 'c.pth')
     model = load(convert_checkpoint(tmp_path / 'c.pth', MODEL, tmp_path / 'out', ema=ema))
-    assert give_equal_logits(model, average if ema else raw)
+    assert give_equal_logits(model, average if ema else raw, ROUNDING)
     wanted = load_state_dict(tmp_path / 'c.pth', use_ema=ema)  # timm's own reader, as --pretrained-path has it
     assert torch.equal(model.conv_stem.weight, wanted['conv_stem.weight'])
