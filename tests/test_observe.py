@@ -9,6 +9,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
+from timm_ela import EfficientLocalAttention
+from timm_ela.figure import draw
 from timm_ela.observe import observe
 
 
@@ -158,6 +160,14 @@ def test_a_model_whose_features_are_no_maps_is_refused():
     model.feature_info = [{'module': 'embed.weight', 'num_chs': 2, 'reduction': 8}]
     with pytest.raises(ValueError, match=r'^Toy has no feature map for Grad-CAM: '):
         observe(Image.new('RGB', (48, 32)), model)
+
+
+def test_a_model_of_ones_own_shows_its_gates(image):
+    model = nn.Sequential(nn.Conv2d(3, 32, 8, 8), EfficientLocalAttention(32), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.num_classes = 32
+    seen = observe(image, model)
+    assert [gate.all.shape for gate in seen.gates] == [(32, 28, 28)] and len(seen.classes) == 5 and seen.cam is None
+    assert len(draw([seen], ['mine']).axes) > 4
 
 
 def test_grad_cam_explains_the_class_that_is_asked_for(make_model, image):

@@ -84,12 +84,12 @@ def _draw_classes(seen: Observation, figure: 'Figure', box: _Box) -> None:
     ax.set(xlim=(0, 1), ylim=(len(seen.classes) - 0.5, -0.5))
 
 
-def _draw_cam(seen: Observation, figure: 'Figure', box: _Box) -> None:
+def _draw_cam(seen: Observation, cam: np.ndarray, figure: 'Figure', box: _Box) -> None:
     """Draws Grad-CAM over the picture in grey, and its scale below."""
-    what = 'what' if seen.cam.any() else 'nothing'
+    what = 'what' if cam.any() else 'nothing'
     ax = box.axes(figure, f'Grad-CAM: {what} speaks for\n{_cut(seen.cam_class)}', frame=False)
     ax.imshow(seen.picture.mean(2), cmap='gray', vmin=0, vmax=1, aspect='auto')
-    ax.imshow(seen.cam, cmap=_CAM, vmin=0, vmax=1, aspect='auto', alpha=0.3 + 0.4 * seen.cam)
+    ax.imshow(cam, cmap=_CAM, vmin=0, vmax=1, aspect='auto', alpha=0.3 + 0.4 * cam)
     bar = box.below(0.1).axes(figure)
     bar.imshow(np.linspace(0, 1, 256)[None], cmap=_CAM, aspect='auto', extent=(0, 1, 0, 1))
     bar.set_yticks([])
@@ -163,12 +163,14 @@ def draw(seen: Sequence[Observation], titles: Sequence[str], columns: int = 4) -
     """
     gates = [gate for one in seen for gate in one.gates]
     columns, limit = columns if gates else 2, max([0.5, *(float(gate.all.max()) for gate in gates)])
-    headers, placed, top = [], [], 0.
+    headers: list[float] = []
+    placed: list[tuple[_Panel, _Box]] = []
+    top = 0.
     for one in seen:
         headers.append(top)
         panels: list[_Panel] = [partial(_draw_picture, one)]
-        if one.classes:
-            panels.append(partial(_draw_cam, one))
+        if one.cam is not None:
+            panels.append(partial(_draw_cam, one, one.cam))
         panels += [partial(_draw_gate, gate, limit) for gate in one.gates]
         if one.gates:
             panels.append(partial(_draw_all_gates, one.gates, limit))

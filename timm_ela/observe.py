@@ -1,6 +1,7 @@
 """What a model makes of a picture: what it saw, its classes, where it looked (Grad-CAM), and its ELA gates."""
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from .layers.ela import EfficientLocalAttention
 
+_Reader = Callable[[Tensor], Tensor]
 _MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # of a picture, by the model's channels
 
 
@@ -30,7 +32,10 @@ class Gate(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What a model made of a picture: without a classifier no classes and no CAM, without ELA no gates."""
+    """What a model made of a picture.
+
+    It has no classes without a classifier, no gates without ELA, and no CAM without a feature map before a classifier.
+    """
 
     model: str
     picture: np.ndarray  # (H, W, 1 or 3), in [0, 1]
@@ -87,11 +92,11 @@ def observe(
         shown = [_choose(stage, *gates[module], channel, mean) for stage, module in ela.items()]
         if not classes:
             return Observation(name, picture, [], None, '', shown)
-        if not maps:
+        if not maps and not ela:
             raise ValueError(f'{name} has no feature map for Grad-CAM: its `feature_info` names none that can be read.')
         logits = output[0].float()
         of = int(logits.argmax()) if class_index is None else class_index
-        cam = grad_cam(logits[of], maps, x.shape[1:])
+        cam = grad_cam(logits[of], maps, x.shape[1:]) if maps else None
     p = logits.detach().softmax(0)
     top = [(float(p[i]), labels[i]) for i in p.argsort(descending=True)[:topk].tolist()]
     return Observation(name, picture, top, cam, labels[of], shown)
@@ -139,27 +144,25 @@ def _forward(
         x: Tensor,
         ela: Iterable[nn.Module],
         with_maps: bool,
-) -> tuple[Any, dict[nn.Module, list[np.ndarray]], list[tuple[Tensor, dict[str, Any]]]]:
-    """The model's output for x (C, H, W) in eval mode, the gates of its ELA modules, and its feature maps.
-
-    A map comes with its entry of timm's `feature_info`.
-    """
+) -> tuple[Any, dict[nn.Module, tuple[np.ndarray, np.ndarray]], list[tuple[Tensor, _Reader]]]:
+    """The model's output for x (C, H, W) in eval mode, the gates of its ELA modules, and the features that are maps."""
     gates, maps = {}, []
 
     def keep_gates(module: EfficientLocalAttention, args: tuple) -> None:
-        gates[module] = [gate[0].detach().float().cpu().numpy() for gate in module.gates(args[0])]
+        a_h, a_w = (gate[0].detach().float().cpu().numpy() for gate in module.gates(args[0]))
+        gates[module] = (a_h, a_w)
 
     def keep_map(info: dict[str, Any], output: Any) -> None:
         output = output[0] if isinstance(output, (tuple, list)) else output
-        if isinstance(output, Tensor) and _as_map(output, info, x.shape[1:]) is not None:
-            maps.append((output, info))
+        if isinstance(output, Tensor) and (read := _reader(output, info, x.shape[1:])):
+            maps.append((output, read))
 
     modules, modes = dict(model.named_modules()), {module: module.training for module in model.modules()}
     weight = next(model.parameters())
     with ExitStack() as stack:
         for module in ela:
             stack.callback(module.register_forward_pre_hook(keep_gates).remove)
-        for info in model.feature_info if with_maps else ():
+        for info in getattr(model, 'feature_info', ()) if with_maps else ():
             if info['module'] in modules:
                 hook = modules[info['module']].register_forward_hook(lambda m, a, output, i=info: keep_map(i, output))
                 stack.callback(hook.remove)
@@ -180,16 +183,19 @@ def _choose(stage: int, a_h: np.ndarray, a_w: np.ndarray, channel: int | None, m
     return Gate(stage, of, channel is None, both[chosen], a_h[chosen], a_w[chosen], both)
 
 
-def _as_map(feature: Tensor, info: dict[str, Any], size: Sequence[int]) -> Tensor | None:
-    """A feature of timm as a map (C, h, w): of NCHW, of NHWC, or of tokens that follow a prefix; None of others."""
-    grid = [-(-length // info['reduction']) for length in size]
-    if feature.ndim == 3 and feature.shape[1] >= grid[0] * grid[1]:
-        feature = feature[:, -grid[0] * grid[1]:].unflatten(1, grid)
-    layouts = [feature[0], feature[0].movedim(-1, 0)] if feature.ndim == 4 else []
-    return next((layout for layout in layouts if len(layout) == info['num_chs']), None)
+def _reader(feature: Tensor, info: dict[str, Any], size: Sequence[int]) -> _Reader | None:
+    """How a feature of timm is read as a map (C, h, w): NCHW, NHWC, or tokens behind a prefix; None of others."""
+    channels, grid = info['num_chs'], [-(-length // info['reduction']) for length in size]
+    if feature.ndim == 4 and feature.shape[1] == channels:
+        return lambda x: x[0]
+    if feature.ndim == 4 and feature.shape[3] == channels:
+        return lambda x: x[0].movedim(-1, 0)
+    if feature.ndim == 3 and feature.shape[1] >= prod(grid) and feature.shape[2] == channels:
+        return lambda x: x[0, -prod(grid):].unflatten(0, grid).movedim(-1, 0)
+    return None
 
 
-def grad_cam(score: Tensor, maps: Sequence[tuple[Tensor, dict[str, Any]]], size: Sequence[int]) -> np.ndarray:
+def grad_cam(score: Tensor, maps: Sequence[tuple[Tensor, _Reader]], size: Sequence[int]) -> np.ndarray:
     """Grad-CAM (H, W) in [0, 1] of a class's score, at the last feature map: the one before pooling.
 
     If a class token is what is pooled, the last map has no gradient, and the one before it is taken.
@@ -197,12 +203,12 @@ def grad_cam(score: Tensor, maps: Sequence[tuple[Tensor, dict[str, Any]]], size:
     Source: `Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization` -
     https://arxiv.org/abs/1610.02391
     """
-    for feature, info in reversed(maps):
+    for feature, read in reversed(maps):
         gradient, = torch.autograd.grad(score, feature, retain_graph=True, allow_unused=True, materialize_grads=True)
-        weights, feature = (_as_map(t.detach().float(), info, size) for t in (gradient, feature))
-        if weights.any():
+        gradient, feature = (read(t.detach().float()) for t in (gradient, feature))
+        if gradient.any():
             break
-    cam = (weights.mean((1, 2), keepdim=True) * feature).sum(0).relu()
+    cam = (gradient.mean((1, 2), keepdim=True) * feature).sum(0).relu()
     cam = F.interpolate(cam[None, None], tuple(size), mode='bilinear')[0, 0]
     cam -= cam.min()
     return (cam / (cam.max() or 1)).cpu().numpy()

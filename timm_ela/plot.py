@@ -54,8 +54,8 @@ def plot_attention(
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
         ValueError: If the image cannot be read, or has no form with the model's channels; if the model has neither
-            classes nor ELA, no feature map that Grad-CAM can read, or not the stage, channel or class; or if
-            class_names has the wrong length.
+            classes nor ELA, neither ELA nor a feature map that Grad-CAM can read, or not the stage, channel or class;
+            or if class_names has the wrong length.
     """
     figure_class()
     models = [model] if isinstance(model, nn.Module) else model
