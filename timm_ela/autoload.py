@@ -11,7 +11,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
 _TARGET = 'timm.models'
-_FAMILIES = ('attn_resnet', 'attn_efficientnet', 'elsa_swin')
+_FAMILIES = ('attn_resnet', 'attn_efficientnet', 'elsa_swin', 'elsa_volo')
 _KNOWN_TIMM = ('1.0.31',)  # versions that passed the tests: make compat
 _registering = allocate_lock()
 

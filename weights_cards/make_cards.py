@@ -12,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ela.figure import draw
 from timm_ela.hub.cards import card_data, citation, needs
-from timm_ela.layers.attn_layers import ATTN_LAYERS, ELSA
+from timm_ela.layers.attn_layers import ATTN_LAYERS, ELSA, ELSA_VOLO
 from timm_ela.models.registry import MODELS, Counts, Model, read_counts
 from timm_ela.observe import observe
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = '<!-- models: make cards -->\n', '<!-- end of models -->'
-BASES = list(dict.fromkeys(model.base for model in MODELS.values() if model.layer is not ELSA))
-ELSA_MODELS = [model for model in MODELS.values() if model.layer is ELSA]
+BASES = list(dict.fromkeys(model.base for model in MODELS.values() if model.layer.tag != 'elsa'))
+ELSA_MODELS = [model for model in MODELS.values() if model.layer.tag == 'elsa']
 # of scikit-image, CC0 or in the public domain
 PHOTOGRAPHS = {'chelsea': 'A cat', 'coffee': 'A cup of coffee', 'rocket': 'A rocket'}
 # --drop-path, and what else is the model's own, in the authors' README
@@ -110,20 +110,31 @@ model = timm.create_model('{grafted[1].name}.{cfgs[0].tag}', pretrained=True)
 
 
 def elsa_card(model: Model) -> str:
-    """Returns the card of an ELSA-Swin."""
+    """Returns the card of an ELSA-Swin or an ELSA-VOLO."""
     counts = read_counts()
     rows = [
         [f'`{name}`', f'{counts[name].params:,}', f'{counts[name].macs:,}'] for name in (model.name, model.base)]
+    what, macs, *rest = elsa_volo_texts() if model.layer is ELSA_VOLO else elsa_swin_texts(model)
     return card(
         card_data('elsa'),
         f'# {model.name}',
-        f'Swin Transformer whose first three stages have Enhanced Local Self-Attention ([paper]({ELSA.paper.url})) in '
-        'place of windows: a 7 x 7 neighbourhood around each position, whose weights come from the product of queries '
-        'and keys, and a depthwise convolution beside it.',
+        what,
         '## Models',
         table(['model', 'parameters', 'multiply-adds'], rows),
         'At 224 x 224 pixels with 1000 classes. Multiply-adds are those of convolutions and matrix products as they '
-        'are computed, by torch\'s FlopCounterMode; those of ELSA include the zeros of its banded matrices.',
+        f'are computed, by torch\'s FlopCounterMode; those of ELSA {macs}.',
+        *rest,
+        citation(model),
+    )
+
+
+def elsa_swin_texts(model: Model) -> list[str]:
+    """What an ELSA-Swin is, what its multiply-adds count, and the rest of its card."""
+    return [
+        f'Swin Transformer whose first three stages have Enhanced Local Self-Attention ([paper]({ELSA.paper.url})) in '
+        'place of windows: a 7 x 7 neighbourhood around each position, whose weights come from the product of queries '
+        'and keys, and a depthwise convolution beside it.',
+        'include the zeros of its banded matrices',
         '## Weights',
         f'There are none on the Hub: {ELSA.no_weights} The logits are those of the authors\' code.',
         f'```bash\ntimm-ela convert {model.name}.pth --model {model.name} OUT\n```',
@@ -135,8 +146,27 @@ torchrun --nproc-per-node 8 train.py --data-dir IMAGENET --model {model.name} \\
     --warmup-epochs 20 --warmup-lr 1e-6 --min-lr 1e-5 --aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1.0 \\
     --remode pixel --reprob 0.25 --clip-grad 5.0 --amp {ELSA_RECIPES[model.name]}
 ```""",
-        citation(model),
-    )
+    ]
+
+
+def elsa_volo_texts() -> list[str]:
+    """What an ELSA-VOLO is, what its multiply-adds count, and the rest of its card."""
+    return [
+        f'VOLO whose Outlookers, the blocks of its first stage, have Enhanced Local Self-Attention ([paper]('
+        f'{ELSA.paper.url})) in place of outlook attention: a 5 x 5 neighbourhood around each position, whose weights '
+        'come from the product of queries and keys, with a factor and a summand for each channel. **This is a reading '
+        'of the paper and not the authors\' model**: it rests on the abstract, which names ELSA-VOLO-D1 to D5 and '
+        'calls ELSA a drop-in without architecture modification, and on the authors\' ELSABlock, which has the '
+        'signature and the defaults of VOLO\'s Outlooker.',
+        'leave out the products element by element of its local attention',
+        '## Weights',
+        f'There are none: {ELSA_VOLO.no_weights} No accuracy is claimed here.',
+        '## Options',
+        'The kernel (5), the powers and factors of the ghost head (1 and 1) and the groups of the convolution (8 '
+        'channels) are the defaults of the authors\' classes, which they may not have used in VOLO: `elsa_kernel`, '
+        '`lam`, `gamma` and `group_width` change them (in `train.py`: `--model-kwargs lam=0`). With `lam=0`, as in '
+        'ELSA-Swin, it is faster.',
+    ]
 
 
 def models_table() -> str:
@@ -155,7 +185,7 @@ def models_table() -> str:
          *(f'{counts[name].params / 1e6:.3f}' for name in (model.base, model.name))] for model in ELSA_MODELS]
     return '\n\n'.join([
         table(['prefix', 'plain', *(f'`_{layer.suffix}`' for layer in sizes)], rows),
-        table(['model', 'plain Swin', 'with ELSA'], elsa)])
+        table(['model', 'plain Swin or VOLO', 'with ELSA'], elsa)])
 
 
 def write_all(root: Path) -> None:

@@ -11,15 +11,15 @@ from timm.models import get_arch_pretrained_cfgs
 
 from timm_ela import __version__
 from timm_ela.hub.cards import needs
-from timm_ela.layers.attn_layers import ELSA
+from timm_ela.layers.attn_layers import ELSA_VOLO
 from timm_ela.models.registry import MODELS
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / 'weights_cards'))
 import make_cards as cards  # noqa: E402  not of the package
 
-BASES = {name: model.base for name, model in MODELS.items() if model.layer is not ELSA}
-ELSA_CARDS = {f'{model.name}.md': model for model in MODELS.values() if model.layer is ELSA}
+BASES = {name: model.base for name, model in MODELS.items() if model.layer.tag != 'elsa'}
+ELSA_CARDS = {f'{model.name}.md': model for model in MODELS.values() if model.layer.tag == 'elsa'}
 CARDS = {f'{base}.md': base for base in dict.fromkeys(BASES.values())}
 START, END = '<!-- models: make cards -->\n', '<!-- end of models -->'
 
@@ -48,7 +48,9 @@ def test_a_card_of_elsa_is_what_make_cards_writes_and_valid(name):
     assert text(name) == cards.elsa_card(ELSA_CARDS[name])
     card = ModelCard.load(ROOT / 'weights_cards' / name)
     assert card.data.library_name == 'timm' and 'elsa' in card.data.tags and '2112.12786' in card.text
-    assert f'timm-ela convert {ELSA_CARDS[name].name}.pth' in card.text
+    reading = ELSA_CARDS[name].layer is ELSA_VOLO
+    assert ("a reading of the paper and not the authors' model" in card.text) == reading
+    assert (f'timm-ela convert {ELSA_CARDS[name].name}.pth' in card.text) != reading
 
 
 def test_the_readmes_table_is_what_make_cards_writes():

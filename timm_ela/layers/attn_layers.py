@@ -163,7 +163,7 @@ ATTN_LAYERS = {layer.suffix: layer for layer in (
     ),
 )}
 
-# Not one of ATTN_LAYERS: it takes the place of window attention, not that of a gate.
+# Not one of ATTN_LAYERS: it takes the place of another attention, not that of a gate.
 ELSA = AttnLayer(
     'elsa',
     'ELSA',
@@ -172,4 +172,11 @@ ELSA = AttnLayer(
     EnhancedLocalSelfAttention,
     no_weights='the authors keep theirs on Google Drive and Baidu, linked from https://github.com/damo-cv/ELSA; '
                '`timm-ela convert` reads them.',
+)
+
+# The same in VOLO, of which the authors released nothing: see models/elsa_volo.py.
+ELSA_VOLO = ELSA._replace(
+    title='ELSA (a reading of the paper: its authors released no ELSA-VOLO)',
+    no_weights='its authors released no ELSA-VOLO, and this model is a reading of their paper. '
+               'Train from scratch, with pretrained=False.',
 )

@@ -7,30 +7,30 @@ The last stage is Swin's own. Checkpoints in the authors' layout load: https://g
 """
 import logging
 import re
+from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import resize_rel_pos_bias_table
-from timm.models import SwinTransformer, build_model_with_cfg, named_apply
+from timm.models import SwinTransformer, build_model_with_cfg, model_entrypoint
 from timm.models.swin_transformer import SwinTransformerBlock
-from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 
 from ..layers.attn_layers import ELSA
 from ..layers.elsa import EnhancedLocalSelfAttention
+from .elsa_parts import check_weights, elsa_in_place_of
 from .registry import Family, Model, make_default_cfgs, register_models
-from .weights import difference, unwrap
+from .weights import unwrap
 
 __all__: list[str] = []  # register_model adds each entry point
 
 _logger = logging.getLogger(__name__)
 
-# name -> plain timm model, and what differs from ElsaSwinTransformer's defaults
-_ELSA_SWINS: dict[str, tuple[str, dict[str, Any]]] = {
-    'elsa_swin_tiny': ('swin_tiny_patch4_window7_224', dict(group_width=4)),
-    'elsa_swin_small': ('swin_small_patch4_window7_224', dict(depths=(2, 2, 18, 2))),
-    'elsa_swin_base': (
-        'swin_base_patch4_window7_224', dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))),
+# name -> plain timm model, and the groups of ELSA's grouped convolution in channels
+_ELSA_SWINS = {
+    'elsa_swin_tiny': ('swin_tiny_patch4_window7_224', 4),
+    'elsa_swin_small': ('swin_small_patch4_window7_224', 8),
+    'elsa_swin_base': ('swin_base_patch4_window7_224', 8),
 }
 
 
@@ -61,57 +61,34 @@ class ElsaSwinBlock(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
-class ElsaSwinTransformer(SwinTransformer):
-    """Swin Transformer with ELSA in all stages but the last.
+def build_elsa_swin(
+        base: str,
+        elsa_kernel: int = 7,
+        group_width: int = 8,
+        lam: float = 0,
+        gamma: float = 1,
+        weight_init: str = '',
+        **kwargs: Any,
+) -> SwinTransformer:
+    """Builds timm's Swin with ELSA in all stages but the last.
 
-    Source: `ELSA: Enhanced Local Self-Attention for Vision Transformer` - https://arxiv.org/abs/2112.12786
+    Args:
+        base: The plain timm model.
+        elsa_kernel: Positions along a side of ELSA's square.
+        group_width: Channels per group of ELSA's grouped convolution.
+        lam: Exponent of the ghost head's factor; 0 leaves the factor out.
+        gamma: Factor of the ghost head's summand; 0 leaves the summand out.
+        weight_init: As in timm.
+        **kwargs: As timm's SwinTransformer takes them.
     """
-
-    def __init__(
-            self,
-            *args: Any,
-            elsa_kernel: int = 7,
-            group_width: int = 8,
-            lam: float = 0,
-            gamma: float = 1,
-            weight_init: str = '',
-            device=None,
-            dtype=None,
-            **kwargs: Any,
-    ) -> None:
-        """
-        Args:
-            *args: As timm's SwinTransformer takes them.
-            elsa_kernel: Positions along a side of ELSA's square.
-            group_width: Channels per group of ELSA's grouped convolution.
-            lam: Exponent of the ghost head's factor.
-            gamma: Factor of the ghost head's summand.
-            weight_init: As in timm.
-            device: Device of the parameters.
-            dtype: Dtype of the parameters.
-            **kwargs: As timm's SwinTransformer takes them.
-        """
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(*args, weight_init=weight_init, **dd, **kwargs)
-        for stage in self.layers[:-1]:
-            for i, block in enumerate(stage.blocks):
-                old = block.attn
-                attn = EnhancedLocalSelfAttention(
-                    block.dim,
-                    old.num_heads,
-                    elsa_kernel,
-                    qkv_bias=old.qkv.bias is not None,
-                    qk_scale=1,
-                    attn_drop=old.attn_drop.p,
-                    proj_drop=old.proj_drop.p,
-                    group_width=group_width,
-                    lam=lam,
-                    gamma=gamma,
-                    **dd,
-                )
-                if weight_init != 'skip':
-                    named_apply(get_init_weights_vit(weight_init, needs_reset=False), attn)
-                stage.blocks[i] = ElsaSwinBlock(block, attn)
+    model = model_entrypoint(base)(weight_init=weight_init, **kwargs)
+    for stage in model.layers[:-1]:
+        for i, block in enumerate(stage.blocks):
+            attn = elsa_in_place_of(
+                block.attn, block.attn.qkv.bias is not None, weight_init,
+                kernel_size=elsa_kernel, group_width=group_width, lam=lam, gamma=gamma)
+            stage.blocks[i] = ElsaSwinBlock(block, attn)
+    return model
 
 
 def rename_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -157,12 +134,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         RuntimeError: If they are those of another architecture, or of another size of image or window.
     """
-    state_dict = rename_state_dict(state_dict, model)
-    if reason := difference(state_dict, model, adapted=True):
-        of_size = '; make the model for the weights\' size, and call set_input_size after they are loaded'
-        hint = of_size if 'relative_position_bias_table\' is' in reason else ''
-        raise RuntimeError(f'The weights are not those of {model.pretrained_cfg["architecture"]}: {reason}{hint}.')
-    return state_dict
+    of_size = '; make the model for the weights\' size, and call set_input_size after they are loaded'
+    return check_weights(rename_state_dict(state_dict, model), model, of_size)
 
 
 def _fit(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -176,16 +149,16 @@ def _fit(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     return checkpoint_filter_fn(state_dict, model)
 
 
-def _create_elsa_swin(model: Model, pretrained: bool = False, **kwargs) -> ElsaSwinTransformer:
-    differences = _ELSA_SWINS[model.name][1]
+def _create_elsa_swin(model: Model, pretrained: bool = False, **kwargs) -> SwinTransformer:
+    base, group_width = _ELSA_SWINS[model.name]
     out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs.get('depths', (2, 2, 6, 2))))))
     return build_model_with_cfg(
-        ElsaSwinTransformer,
+        partial(build_elsa_swin, base),
         model.name,
         pretrained,
         pretrained_filter_fn=_fit,
         feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
-        **{**differences, **kwargs},
+        **{'group_width': group_width, **kwargs},
     )
 
 

@@ -37,15 +37,16 @@ def difference(
             its classes. A head may then be missing, since timm is strict where it does not make a new one.
     """
     cfg: Mapping[str, Any] = model.pretrained_cfg if adapted else {}
-    stem, head = f'{cfg.get("first_conv")}.weight', cfg.get('classifier') or ''
+    stem, heads = f'{cfg.get("first_conv")}.weight', cfg.get('classifier') or ()
+    heads = (heads,) if isinstance(heads, str) else heads  # VOLO has two
 
     def is_head(key: str) -> bool:
-        return head != '' and key.rpartition('.')[0] == head
+        return key.rpartition('.')[0] in heads
 
     without = set(without)
     own = {k: v for k, v in model.state_dict().items() if k not in without}
     parts = {name for name, _ in model.named_children()}
-    headless = head != '' and head.partition('.')[0] not in parts  # features_only models of EfficientNet
+    headless = heads and not any(head.partition('.')[0] in parts for head in heads)  # features_only of EfficientNet
     # Checkpoints of old versions of PyTorch have no num_batches_tracked, and batch norm fills it in.
     missing = [k for k in own if not (k in state_dict or is_head(k) or k.endswith('num_batches_tracked'))]
     unexpected = [
