@@ -21,6 +21,8 @@ from timm_ela.layers.elsa import banded_attention, elsa
 SHAPES = ((96, 56, 3, 7, False), (192, 28, 6, 7, False), (384, 14, 12, 7, False), (192, 28, 6, 5, True))
 MODELS = {'swin_tiny_patch4_window7_224': 'elsa_swin_tiny', 'volo_d1_224': 'elsa_volo_d1'}
 
+HEAD = ['first', 'second', 'first, ms', 'second by first', 'first, MiB', 'second, MiB']
+
 
 def by_unfold(v: Tensor, attn: Tensor, mul: Tensor | None, add: Tensor, kernel_size: int) -> Tensor:
     """The operator as the authors have it without their extension; arguments and result are NHWC."""
@@ -45,6 +47,10 @@ def by_bands(v: Tensor, attn: Tensor, mul: Tensor, add: Tensor, kernel_size: int
         banded_attention(*image, kernel_size) for image in zip(v.split(1), per_channel.split(1), strict=True)])
 
 
+def backward(call: Call, inputs: list[Tensor | None], upstream: Tensor) -> None:
+    torch.autograd.grad(call(), [t for t in inputs if t is not None], upstream, allow_unused=True)
+
+
 def peak_mib(call: Call) -> float:
     """The most that the call's tensors hold at once, in MiB beyond what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -64,47 +70,56 @@ def compare(label: list[str], calls: dict[str, Call], repeats: int) -> list[str]
     return [*label, first, second, f'{np.median(times):.1f}', ratio(others, times), *memory]
 
 
+def operator(batch_size: int, repeats: int) -> str:
+    """The table of the operator."""
+    rows = []
+    for channels, size, heads, kernel_size, with_mul in SHAPES:
+        v = torch.randn(batch_size, size, size, channels)
+        attn, upstream = torch.randn(batch_size, size, size, heads, kernel_size ** 2).softmax(4), torch.randn_like(v)
+        mul, add = torch.randn(2, channels, kernel_size, kernel_size)
+        inputs: list[Tensor | None] = [t.requires_grad_() for t in (v, attn, mul, add)]
+        ways = {'timm_ela': elsa, 'F.unfold': by_unfold, 'a band a channel': by_bands}
+        if not with_mul:
+            inputs[2] = None
+            del ways['a band a channel']
+        label = [f'{channels} x {size} x {size}', f'{kernel_size} x {kernel_size}', 'yes' if with_mul else 'no']
+        for other in list(ways)[1:]:
+            pair = {name: partial(ways[name], *inputs, kernel_size) for name in ('timm_ela', other)}
+            with torch.no_grad():
+                rows.append(compare([*label, 'forward'], pair, repeats))
+            steps: dict[str, Call] = {name: partial(backward, call, inputs, upstream) for name, call in pair.items()}
+            rows.append(compare([*label, 'forward + backward'], steps, repeats))
+    return markdown(['C x H x W', 'kernel', 'mul', 'mode', *HEAD], rows)
+
+
+def models(batch_size: int, repeats: int) -> str:
+    """The table of the models."""
+    rows = []
+    x, labels = torch.randn(batch_size, 3, 224, 224), torch.randint(1000, (batch_size,))
+    for names in MODELS.items():
+        pair = {name: timm.create_model(name).eval() for name in names}
+        rows.append(compare(['inference'], {n: partial(infer, m, x) for n, m in pair.items()}, repeats))
+        for model in pair.values():
+            model.train()
+        rows.append(compare(['training'], {n: partial(train, m, x, labels) for n, m in pair.items()}, repeats))
+    return markdown(['mode', *HEAD], rows)
+
+
+PARTS = {'operator': operator, 'models': models}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--repeats', type=int, default=7)
-    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS), help='tables')
     parser.add_argument('--batch-size', type=int, default=8)
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--threads', type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(f'Batch {args.batch_size}: {describe(args.repeats)}.\n')
-
-    head = ['first', 'second', 'first, ms', 'second by first', 'first, MiB', 'second, MiB']
-    rows = []
-    for channels, size, heads, kernel_size, with_mul in SHAPES:
-        v = torch.randn(args.batch_size, size, size, channels)
-        attn = torch.randn(args.batch_size, size, size, heads, kernel_size ** 2).softmax(4)
-        mul, add = torch.randn(2, channels, kernel_size, kernel_size)
-        inputs = [t.requires_grad_() for t in (v, attn, mul, add)]
-        if not with_mul:
-            inputs[2] = None
-        ways = {'timm_ela': elsa, 'F.unfold': by_unfold, **({'a band a channel': by_bands} if with_mul else {})}
-        for other in list(ways)[1:]:
-            pair = {name: partial(ways[name], *inputs, kernel_size) for name in ('timm_ela', other)}
-            label = [f'{channels} x {size} x {size}', f'{kernel_size} x {kernel_size}', 'yes' if with_mul else 'no']
-            with torch.no_grad():
-                rows.append(compare([*label, 'forward'], pair, args.repeats))
-            wanted, upstream = [t for t in inputs if t is not None], torch.randn_like(v)
-            steps: dict[str, Call] = {
-                name: lambda call=call: torch.autograd.grad(call(), wanted, upstream, allow_unused=True)
-                for name, call in pair.items()}
-            rows.append(compare([*label, 'forward + backward'], steps, args.repeats))
-    print(markdown(['C x H x W', 'kernel', 'mul', 'mode', *head], rows), flush=True)
-
-    rows = []
-    x, labels = torch.randn(args.batch_size, 3, 224, 224), torch.randint(1000, (args.batch_size,))
-    for names in MODELS.items():
-        models = {name: timm.create_model(name).eval() for name in names}
-        rows.append(compare(['inference'], {n: partial(infer, m, x) for n, m in models.items()}, args.repeats))
-        for model in models.values():
-            model.train()
-        rows.append(compare(['training'], {n: partial(train, m, x, labels) for n, m in models.items()}, args.repeats))
-    print(f'\n{markdown(["mode", *head], rows)}')
+    print(f'Batch {args.batch_size}: {describe(args.repeats)}.')
+    for part in args.parts:
+        print(f'\n{PARTS[part](args.batch_size, args.repeats)}', flush=True)
 
 
 if __name__ == '__main__':

@@ -25,17 +25,20 @@ torch.fx.wrap('elsa')  # one node in a traced graph, with its choice of path ins
 
 
 def _tap(padded: Tensor, attn: Tensor, mul: Tensor | None, k: int, kernel_size: int, dilation: int) -> Tensor:
-    """The summand of offset k: padded is (N, H + 2r, W + 2r, G, C / G), the result (N, H, W, G, C / G)."""
+    """The summand of offset k, (N, H, W, G, C / G); padded is (N, H + 2r, W + 2r, G, C / G), mul (K, G, C / G)."""
     height, width = attn.shape[1], attn.shape[2]
     y, x = k // kernel_size * dilation, k % kernel_size * dilation
     value = padded[:, y:y + height, x:x + width]
     if mul is not None:
-        value = value * mul.flatten(1)[:, k].view(attn.shape[3], -1)
+        value = value * mul[k]
     return value * attn[..., k:k + 1]
 
 
 def local_attention(v: Tensor, attn: Tensor, mul: Tensor | None, kernel_size: int, dilation: int = 1) -> Tensor:
     """The formula of local attention, written plainly: document, oracle, and the path for a ghost head that multiplies.
+
+    `mul` depends on the channel, so the matrices of `banded_attention` would have to be made for each channel rather
+    than for each head, to be multiplied by a vector each.
 
     Args:
         v: Values (N, H, W, C).
@@ -49,6 +52,8 @@ def local_attention(v: Tensor, attn: Tensor, mul: Tensor | None, kernel_size: in
     """
     reach = kernel_size // 2 * dilation
     padded = F.pad(v, (0, 0, reach, reach, reach, reach)).unflatten(3, (attn.shape[3], -1))
+    if mul is not None:
+        mul = mul.flatten(1).t().unflatten(1, (attn.shape[3], -1))
     # a sum of low precision would round once for each offset
     out = torch.zeros(1, device=v.device, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
     for k in range(kernel_size * kernel_size):
@@ -180,7 +185,7 @@ class EnhancedLocalSelfAttention(nn.Module):
     widths of q, k and v, and a grouped last convolution are left out: no model of theirs has them.
 
     With lam = 0, as in all released models, local attention is a batch of matrix products; with another lam it is a sum
-    of K maps, and takes longer.
+    of K maps, and takes longer (weights_cards/studies/speed.md).
 
     Source: `ELSA: Enhanced Local Self-Attention for Vision Transformer` - https://arxiv.org/abs/2112.12786
     """
