@@ -26,6 +26,7 @@ BASES = {  # plain model -> those with attention
     'resnet50': [f'resnet50_{layer}' for layer in ATTENTION],
     'tf_efficientnet_lite0': [f'tf_efficientnet_lite0_{layer}' for layer in ATTENTION],
     'swin_tiny_patch4_window7_224': ['elsa_swin_tiny'],
+    'volo_d1_224': ['elsa_volo_d1'],
 }
 WAYS = ('contiguous', 'channels_last', 'compile', 'onnxruntime')
 BATCH_SIZES = {'cpu': [1, 8], 'cuda': [128]}
