@@ -84,7 +84,7 @@ def test_an_export_of_fixed_size_has_only_operators_that_phones_have(exportable)
 
 def test_exportable_reaches_the_layers_of_a_model():
     model = timm.create_model('resnet18_ela_b', exportable=True, device='meta')
-    assert model.layer1[0].se.conv.weight.shape == (64, 1, 7, 1)
+    assert model.layer1[0].se.conv.weight.shape == (64, 1, 1, 7)
     assert model.state_dict()['layer1.0.se.conv.weight'].shape == (64, 1, 7)
 
 

@@ -35,10 +35,9 @@ class EfficientLocalAttention(nn.Module):
     module uses `gcd(num_groups, C)`. `conv` and `gn` are called on (N, C, L): hook, wrap or replace them. timm's
     `attn_layer='ela'` is another module: one convolution and one one-group GroupNorm a strip, a SiLU, no four sizes.
 
-    With `inplace=True` the module writes its output into its input in eval mode, as timm's activations do: only in
-    eager mode, without a graph, hooks (its own or global ones) or a replaced forward, and if the input is no view (in
-    inference mode PyTorch records none: an alias of the whole input is written to as well). Whoever keeps the input,
-    such as a hook on the layer before, sees it gated then.
+    With `inplace=True` the module writes its output into its input in eval mode, as timm's activations do: in eager
+    mode without a graph, if neither its own nor global hooks nor a replaced forward see it, and if the input is no view
+    (inference mode does not tell an alias of the whole). A kept reference to the input sees it gated then.
 
     Source: `ELA: Efficient Local Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2403.01123
     """
@@ -81,15 +80,14 @@ class EfficientLocalAttention(nn.Module):
             if value < 1 or (name == 'kernel_size' and value % 2 == 0):
                 raise ValueError(f'ELA needs a positive{" odd" if name == "kernel_size" else ""} {name}, got {value}.')
         if channels % size['group_size']:
-            raise ValueError(
-                f'ELA variant {variant!r} needs channels in multiples of group_size={size["group_size"]}, '
-                f'got {channels}: variants \'t\' and \'b\' take any number, or set group_size.')
+            multiples = f'ELA variant {variant!r} needs channels in multiples of group_size={size["group_size"]}'
+            raise ValueError(f"{multiples}, got {channels}: variants 't' and 'b' take any number, or set group_size.")
 
         taps, groups, dd = size['kernel_size'], channels // size['group_size'], {'device': device, 'dtype': dtype}
         self.conv = StripConv(channels, channels, taps, padding=taps // 2, groups=groups, bias=False, **dd)
         if is_exportable():
             # conv2d's shape: ExecuTorch's XNNPACK takes a weight only if no operation makes it
-            reshape_parameter(self.conv, 'weight', *self.conv.weight.shape, 1)
+            reshape_parameter(self.conv, 'weight', channels, size['group_size'], 1, taps)
         self.gn = StripNorm(gcd(size['num_groups'], channels), channels, eps=eps, **dd)
         self.inplace = inplace
 
@@ -138,8 +136,7 @@ class StripNorm(nn.GroupNorm):
             # XNNPACK has no group_norm, nor any mean but over the last two dimensions of a 4-D map
             g = z.reshape(z.shape[0], self.num_groups, -1, 1)
             g = g - g.mean((2, 3), keepdim=True)
-            g = g * torch.rsqrt((g * g).mean((2, 3), keepdim=True) + self.eps)
-            z = g.reshape(z.shape)
+            z = (g * torch.rsqrt((g * g).mean((2, 3), keepdim=True) + self.eps)).reshape(z.shape)
             return z * self.weight.view(-1, 1) + self.bias.view(-1, 1) if self.affine else z
 
 
@@ -154,12 +151,16 @@ def pool(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.fx.wrap
 def strip_conv(z: Tensor, weight: Tensor) -> Tensor:
-    """conv1d of z (N, C, L) with weight (C, C / groups, K) or (C, C / groups, K, 1), padded to the same length."""
+    """conv1d of z (N, C, L) with weight (C, C / groups, K) or (C, C / groups, 1, K), padded to the same length."""
     # by conv2d: conv1d does not use oneDNN for short strips, and inductor does not vectorize the product behind it
     if torch.jit.is_scripting() or not (is_recorded([z, weight]) and weight.shape[1] == 1 and is_on_cpu(z)):
-        groups, half = weight.shape[0] // weight.shape[1], weight.shape[2] // 2
-        weight = weight if weight.dim() == 4 else weight.unsqueeze(3)
-        return F.conv2d(z.unsqueeze(3), weight, None, padding=[half, 0], groups=groups).reshape(z.shape)
+        (n, c, length), half, groups = z.shape, weight.shape[-1] // 2, weight.shape[0] // weight.shape[1]
+        weight = weight if weight.dim() == 4 else weight.unsqueeze(2)
+        if not torch.jit.is_scripting() and not is_traced() and length <= half:
+            # taps that only see padding make it many times slower
+            weight, half = weight[..., half + 1 - length:half + length], length - 1
+        z = F.conv2d(z.view(n, c, 1, length), weight, None, padding=[0, half], groups=groups)
+        return z.view(n, c, length)
     else:
         return _DepthwiseConv.apply(z, weight)
 
@@ -254,6 +255,6 @@ class _DepthwiseConv(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         # autocast's dtype
         z, weight = (t.to(grad.dtype) for t in ctx.saved_tensors)
-        shifted = F.pad(z, 2 * (weight.shape[2] // 2,)).unfold(2, z.shape[2], 1)  # (N, C, taps, L), a view
+        shifted = F.pad(z, 2 * (weight.shape[-1] // 2,)).unfold(2, z.shape[2], 1)  # (N, C, taps, L), a view
         grad_weight = torch.stack([(grad * tap).sum(0) for tap in shifted.unbind(2)], 1).sum(2).view_as(weight)
-        return strip_conv(grad, weight.flip(2)), grad_weight
+        return strip_conv(grad, weight.flip(-1)), grad_weight
