@@ -10,7 +10,8 @@ from torch import nn
 
 from timm_ela.hub.publish import convert_checkpoint
 from timm_ela.layers.elsa import EnhancedLocalSelfAttention
-from timm_ela.models.elsa_swin import ElsaSwinBlock, rename_state_dict
+from timm_ela.models.elsa_swin import ElsaSwinBlock
+from timm_ela.models.registry import MODELS
 
 NAME = 'elsa_swin_tiny'
 SMALL = dict(embed_dim=24, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 2))
@@ -100,7 +101,7 @@ def test_logits_of_the_authors_checkpoint_are_theirs(img_size):
     wrapped = {'state_dict': {f'module.{k}': v for k, v in theirs.items()}}
     with torch.no_grad():
         expected = authors_logits(model, theirs, x)
-        renamed = rename_state_dict(wrapped, model)
+        renamed = MODELS[NAME].rename_state_dict(wrapped, model)
         model.load_state_dict(renamed)
         torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-9)
         # what is wrong shows
@@ -110,7 +111,7 @@ def test_logits_of_the_authors_checkpoint_are_theirs(img_size):
                 ('relative_position_bias_table', theirs[at + 'rb'].t())):
             model.load_state_dict({**renamed, at + key: value})
             assert (model(x) - expected).abs().max() > 1e-6
-    assert rename_state_dict(renamed, model).keys() == renamed.keys()
+    assert MODELS[NAME].rename_state_dict(renamed, model).keys() == renamed.keys()
 
 
 def save(tmp_path, state_dict):

@@ -16,11 +16,10 @@ from timm.models import SwinTransformer, build_model_with_cfg, model_entrypoint
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from ..layers.attn_layers import ELSA
+from ..layers.attn_layers import ELSA, AttnLayer
 from ..layers.elsa import EnhancedLocalSelfAttention
 from .elsa_parts import check_weights, elsa_in_place_of
 from .registry import Family, Model, make_default_cfgs, register_models
-from .weights import unwrap
 
 __all__: list[str] = []  # register_model adds each entry point
 
@@ -91,13 +90,12 @@ def build_elsa_swin(
     return model
 
 
-def rename_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Weights in the authors' layout, or in timm's, under timm's names.
+def rename_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Gives weights in the authors' layout timm's names; those in timm's keep them.
 
     Of a detector or a segmenter, whose keys begin with 'backbone.', the backbone is taken, and the norm of its last
     feature map as that of the classifier.
     """
-    state_dict = unwrap(state_dict)
     backbone = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
     if backbone:
         norms = tuple(f'norm{i}.' for i in range(len(model.layers) - 1))  # of feature maps that timm gives without
@@ -128,25 +126,20 @@ def rename_state_dict(state_dict: dict[str, Any], model: nn.Module) -> dict[str,
     return renamed
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Renames weights in the authors' layout, and checks that they are the model's.
-
-    Raises:
-        RuntimeError: If they are those of another architecture, or of another size of image or window.
-    """
+def _check(state_dict: dict[str, Tensor], model: nn.Module, layer: AttnLayer = ELSA) -> dict[str, Tensor]:
     of_size = '; make the model for the weights\' size, and call set_input_size after they are loaded'
-    return check_weights(rename_state_dict(state_dict, model), model, of_size)
+    return check_weights(state_dict, model, of_size)
 
 
-def _fit(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """`checkpoint_filter_fn`, after position biases of another window are resized, as in timm's Swin."""
-    state_dict, own = rename_state_dict(state_dict, model), model.state_dict()
+def _fit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Resizes position biases of another window, as in timm's Swin."""
+    own = model.state_dict()
     for k, v in state_dict.items():
         if k.endswith('.relative_position_bias_table') and k in own:
             window, shape = model.get_submodule(k.rpartition('.')[0]).window_size, own[k].shape
             if v.shape != shape or window[0] != window[1]:
                 state_dict[k] = resize_rel_pos_bias_table(v, window, shape)
-    return checkpoint_filter_fn(state_dict, model)
+    return state_dict
 
 
 def _create_elsa_swin(model: Model, pretrained: bool = False, **kwargs) -> SwinTransformer:
@@ -156,14 +149,13 @@ def _create_elsa_swin(model: Model, pretrained: bool = False, **kwargs) -> SwinT
         partial(build_elsa_swin, base),
         model.name,
         pretrained,
-        pretrained_filter_fn=_fit,
+        pretrained_filter_fn=lambda weights, built: _check(_fit(model.rename_state_dict(weights, built), built), built),
         feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
         **{'group_width': group_width, **kwargs},
     )
 
 
-_FAMILY = Family(
-    _create_elsa_swin, lambda weights, model, layer: checkpoint_filter_fn(weights, model), rename_state_dict)
+_FAMILY = Family(_create_elsa_swin, _check, rename_state_dict)
 _MODELS = [Model(name, base, ELSA, _FAMILY) for name, (base, _) in _ELSA_SWINS.items()]
 default_cfgs = make_default_cfgs(_MODELS)
 globals().update(register_models(_MODELS))
