@@ -145,7 +145,7 @@ def test_grad_cam_lies_where_the_evidence_is(model):
 
 @pytest.mark.parametrize('name', [
     'resnet18', 'resnet18_ca', 'mobilenetv2_050_triplet', 'test_vit', 'test_convnext', 'test_mambaout', 'test_maxvit',
-    'elsa_swin_tiny', 'swin_tiny_patch4_window7_224', 'mobilenetv4_conv_small_035', 'hiera_tiny_224'])
+    'elsa_swin_tiny', 'elsa_volo_d1', 'swin_tiny_patch4_window7_224', 'mobilenetv4_conv_small_035', 'hiera_tiny_224'])
 def test_any_model_of_timm_and_any_layer_has_a_grad_cam(randomize, image, name):
     model = timm.create_model(name, num_classes=10)
     seen = observe(image, randomize(model).eval() if 'resnet' in name else model.eval())
