@@ -47,7 +47,7 @@ DATA, RUN, EXPORTED = ROOT / 'digits', ROOT / 'runs' / 'digits', ROOT / f'{LITE}
 # Of train.py.
 OPTIONS = dict(
     data_dir=str(DATA), model=LITE, pretrained=True, pretrained_path=WEIGHTS, num_classes=10, img_size=64, crop_pct=1.0,
-    device='cpu', workers=1, channels_last=True, epochs=3, batch_size=32, opt='adamw', lr=3e-3, warmup_epochs=0,
+    device='cpu', workers=1, channels_last=True, epochs=2, batch_size=32, opt='adamw', lr=3e-3, warmup_epochs=0,
     no_aug=True, checkpoint_hist=1, output=str(RUN.parent), experiment=RUN.name)
 REPOSITORY = 'https://github.com/huggingface/pytorch-image-models'
 TIMM_ELA = str(Path(sys.executable).with_name('timm-ela'))
@@ -112,7 +112,7 @@ def find_scripts() -> Path | None:
     print(f'\n$ {shlex.join(command)}', flush=True)
     try:
         env = {**os.environ, 'GIT_TERMINAL_PROMPT': '0'}
-        subprocess.run(command, check=True, capture_output=True, timeout=120, env=env)
+        subprocess.run(command, check=True, capture_output=True, timeout=60, env=env)
     except (OSError, subprocess.SubprocessError):
         return None
     scripts.mkdir(exist_ok=True)
