@@ -187,6 +187,8 @@ def export(nth):
     except SystemExit as end:
         assert (end.code, listing()) == (2, before), (nth, number)
         return False
+    finally:
+        armed.clear()
 
 
 sys.addaudithook(strike)
