@@ -351,8 +351,8 @@ def test_timms_weights_graft_onto_the_same_function(hub, client, plain_weights, 
     hub.add_repo(f'timm/{plain}.{tag}', plain_weights(plain))
     assert client.run(f'''
 exact = {plain == 'resnet18'}
-def same(got, want):
-    return torch.equal(got, want) if exact else bool((got - want).abs().max() <= 1e-5 * want.abs().max())
+def same(got, want):  # rounding grows to 5e-5 in sixteen blocks of random weights and statistics
+    return torch.equal(got, want) if exact else bool((got - want).abs().max() <= 1e-4 * want.abs().max())
 
 x, gray = torch.randn(2, 3, 96, 128), torch.randn(2, 1, 96, 128)
 plain, ela, tagged = pull('{plain}'), pull('{ela}'), pull('{ela}.graft_{tag}')
