@@ -11,7 +11,7 @@ from typing import Any
 
 from .autoload import install
 
-__version__ = '0.2.0'
+__version__ = '0.3.0'
 
 _PUBLIC = {  # name -> module
     'EfficientLocalAttention': 'layers.ela',

@@ -26,9 +26,10 @@ run.
   {train_py}.
 - Difference: paired by seed, with its uncorrected 95 % interval (Student's t). p: paired t-test, corrected by Holm for
   the number of arms. {power}
-- The graft multiplies the projection weights after a gate by the inverse of the gate's neutral value: 4 for ELA, CA and
-  CBAM, 2 for SE and ECA, 1 for GC. AdamW's steps do not grow with them, so these weights start with a smaller relative
-  learning rate than the plain model's. The arms differ in this, too.
+- The graft of timm_ela 0.2 multiplied the projection weights after a gate by the inverse of the gate's neutral value: 4
+  for ELA, CA and CBAM, 2 for SE and ECA, 1 for GC. AdamW's steps do not grow with them, so these weights started with a
+  smaller relative learning rate than the plain model's. The arms differ in this, too. From 0.3 on, no projection is
+  scaled: rows of other versions do not belong in one table with these.
 - Training images/s: forward and backward of one batch on all cores, all arms in turn in one process, medians. A few
   images/s more or less are noise; [speed.md](speed.md) has ratios with quartiles, at 224 px.
 """

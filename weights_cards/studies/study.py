@@ -1,8 +1,9 @@
 """`make study`: fine-tunes every attention layer from the same ImageNet weights, by timm's own train.py.
 
-All arms of a seed start from the same network, to the bit: EfficientNet-Lite0's ImageNet weights with a head drawn from
-the seed, grafted for each arm by `timm-ela convert`. They see the same images in the same order (paired_train.py). Runs
-what is not done yet, goes on with what was cut off, and writes one row a run to `<data>.csv`; report.py makes the page.
+All arms of a seed start from the same function, up to rounding: EfficientNet-Lite0's ImageNet weights with a head drawn
+from the seed, grafted for each arm by `timm-ela convert`. They see the same images in the same order (paired_train.py).
+Runs what is not done yet, goes on with what was cut off, and writes one row a run to `<data>.csv`; report.py makes the
+page.
 """
 import argparse
 import csv
