@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         _plot, 'plot', 'draw where models look (Grad-CAM) and what their ELA gates do',
-        'cat.png --model resnet50 local-dir:my-model -o attention.png')
+        'cat.png --model resnet50 resnet50_ela_b -o plot.png')
     sub.add_argument('image', help='picture')
     sub.add_argument(
         '--model', required=True, nargs='+',
