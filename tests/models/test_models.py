@@ -210,8 +210,8 @@ def build_shallow(build):
         if name.startswith('resnet'):
             return build(name, layers=(1, 1, 1, 1), **kwargs)
         model = build(name, **kwargs)
-        model.prune_intermediate_layers(1)  # keeps what the second feature map needs, without a head
-        model.reset_classifier(5)
+        model.prune_intermediate_layers([1])  # keeps what the second feature map needs, without a head
+        model.reset_classifier(5, 'avg')
         return model
 
     return build_shallow

@@ -160,7 +160,8 @@ def strip_conv(z: Tensor, weight: Tensor) -> Tensor:
             # taps that only see padding make it many times slower
             weight, half = weight[..., half + 1 - length:half + length], length - 1
         z = F.conv2d(z.view(n, c, 1, length), weight, None, padding=[0, half], groups=groups)
-        return z.view(n, c, length)
+        # XNNPACK has no squeeze; of free sizes, a view would forbid some
+        return z.view(n, c, length) if not torch.jit.is_scripting() and is_fixed_export(z) else z.squeeze(2)
     else:
         return _DepthwiseConv.apply(z, weight)
 
