@@ -29,8 +29,10 @@ def import_families(retry: bool = True) -> None:
         return
     failed = []
     try:
-        loaded_with = getattr(sys.modules.get(f'{__package__}.layers'), 'timm', None)
-        if loaded_with not in (None, sys.modules.get('timm')):
+        # An import of timm.models that was interrupted leaves timm's registry, and with it what we registered.
+        registry = sys.modules.get(f'{__package__}.models.registry')
+        registered_by = getattr(registry, 'register_model', None)
+        if registered_by not in (None, getattr(sys.modules.get(_TARGET), 'register_model', None)):
             for name in list(sys.modules):
                 if name.startswith(f'{__package__}.') and name != __name__:
                     del sys.modules[name]
