@@ -12,7 +12,7 @@ def reshape_parameter(module: nn.Module, name: str, *shape: int) -> None:
     parameter = module.get_parameter(name)
     stored = tuple(parameter.shape)
     setattr(module, name, nn.Parameter(parameter.detach().view(shape)))
-    module.register_state_dict_post_hook(partial(_view, name=name, old=shape, new=stored))
+    module.register_state_dict_post_hook(partial(_view, name=name, old=shape, new=stored, keep_vars=True))
     module.register_load_state_dict_pre_hook(partial(_view, name=name, old=stored, new=shape))
 
 
@@ -24,8 +24,12 @@ def _view(
         name: str,
         old: Shape,
         new: Shape,
+        keep_vars: bool = False,
 ) -> None:
     value = state_dict.get(prefix + name)
+    # a tracer looks for the parameters themselves in state_dict(keep_vars=True)
+    if keep_vars and isinstance(value, nn.Parameter):
+        return
     # of one that is missing or has another shape, load_state_dict says what is wrong
     if value is not None and value.shape == old:
         state_dict[prefix + name] = value.view(new)
