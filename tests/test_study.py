@@ -219,7 +219,7 @@ def test_two_models_of_a_seed_see_the_same_augmented_images_in_every_epoch_and_a
 @pytest.mark.skipif(
     'TIMM_SCRIPTS' not in os.environ, reason='TIMM_SCRIPTS is not set: the folder of timm\'s train.py and its like')
 def test_two_arms_that_do_not_learn_have_the_same_losses_to_the_digit(pictures, tmp_path):
-    """They stay the network they started as, the same to the bit: train.py's losses are the same only if the images are."""
+    """They stay the network they started as, the same to the bit: equal losses mean equal images."""
     model = timm.create_model('resnet18', num_classes=3)
     torch.save(model.state_dict(), tmp_path / 'plain.pth')
     convert_checkpoint(tmp_path / 'plain.pth', 'resnet18_ela_b', tmp_path / 'start')
