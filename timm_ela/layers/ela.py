@@ -133,10 +133,11 @@ class StripNorm(nn.GroupNorm):
         if torch.jit.is_scripting() or not (is_fixed_export(z) and z.shape[1] * z.shape[2] > self.num_groups):
             return F.group_norm(z, self.num_groups, self.weight, self.bias, self.eps)
         else:
-            # XNNPACK has no group_norm, nor any mean but over the last two dimensions of a 4-D map
+            # XNNPACK has no group_norm, and a mean only over the last two dimensions of a 4-D map. OpenVINO computes
+            # this sequence of operators, with its square root and quotient, as one.
             g = z.reshape(z.shape[0], self.num_groups, -1, 1)
             g = g - g.mean((2, 3), keepdim=True)
-            z = (g * torch.rsqrt((g * g).mean((2, 3), keepdim=True) + self.eps)).reshape(z.shape)
+            z = (g / (g.pow(2).mean((2, 3), keepdim=True) + self.eps).sqrt()).reshape(z.shape)
             return z * self.weight.view(-1, 1) + self.bias.view(-1, 1) if self.affine else z
 
 
@@ -191,8 +192,7 @@ def _in_layout_of(x: Tensor, strip: Tensor) -> Tensor:
 
 def _strips(x: Tensor, mean: bool = True) -> tuple[Tensor, Tensor]:
     """Means, or sums, of x over its width (N, C, H) and over its height (N, C, W)."""
-    nhwc = x.stride(1) == 1 and is_on_cpu(x)
-    if not (nhwc or is_fixed_export(x)):
+    if not (x.stride(1) == 1 and is_on_cpu(x) or is_fixed_export(x)):
         return (x.mean(3), x.mean(2)) if mean else (x.sum(3), x.sum(2))
     # in NHWC, a pooling is far faster than a reduction over one axis; in an export, it is what XNNPACK takes
     sizes, divisor = ((1, x.shape[3]), (x.shape[2], 1)), None if mean else 1
