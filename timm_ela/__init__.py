@@ -1,4 +1,4 @@
-"""Efficient Local Attention for timm: models by name, grafted pretrained weights, the Hub round trip.
+"""Efficient Local Attention for timm: models by name, pretrained weights, and export to the Hugging Face Hub.
 
 `ELA: Efficient Local Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2403.01123
 
@@ -13,7 +13,8 @@ from .autoload import install
 
 __version__ = '0.3.0'
 
-_PUBLIC = {  # name -> module
+# public name -> module that defines it
+_PUBLIC = {
     'EfficientLocalAttention': 'layers.ela',
     'VARIANTS': 'layers.ela',
     'ATTN_LAYERS': 'layers.attn_layers',
@@ -25,9 +26,11 @@ __all__ = [*_PUBLIC, '__version__']
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        import_module('timm.models')  # first: a thread that imports timm imports our modules, in this order
+        # timm first, as in a thread that imports timm: in another order, two threads could wait for each other
+        import_module('timm.models')
         return getattr(import_module(f'{__name__}.{_PUBLIC[name]}'), name)
-    if module := sys.modules.get(f'{__name__}.{name}'):  # loaded before this file was run once more: see autoload.py
+    # if autoload.py has dropped this package, it is imported again, without its loaded submodules as attributes
+    if module := sys.modules.get(f'{__name__}.{name}'):
         return module
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 

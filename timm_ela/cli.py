@@ -32,7 +32,8 @@ def _list(args: argparse.Namespace) -> None:
                 name=model.name,
                 backbone=model.base,
                 **read_counts()[model.name]._asdict(),
-                tags=[cfg.tag for cfg in cfgs if cfg.has_weights],  # the default first
+                # the default is the first
+                tags=[cfg.tag for cfg in cfgs if cfg.has_weights],
             ))
     if not rows:
         raise ValueError(f'No model of timm_ela matches {args.filter!r}: use a wildcard, such as "resnet50*".')
@@ -56,7 +57,8 @@ def _run(args: argparse.Namespace) -> None:
     if not Path(args.script).is_file():
         raise FileNotFoundError(f'There is no script {args.script}.')
     sys.argv = [args.script, *args.args]
-    if not getattr(sys.flags, 'safe_path', False):  # as `python SCRIPT` has it, where that is not switched off
+    # `python SCRIPT` puts the script's folder first too, unless safe_path switches that off
+    if not getattr(sys.flags, 'safe_path', False):
         sys.path[0] = str(Path(args.script).resolve().parent)
     runpy.run_path(args.script, run_name='__main__')
 
@@ -112,15 +114,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog='timm-ela', description='Efficient Local Attention models for timm.',
                      epilog='COMMAND --help has an example; COMMAND --debug shows the traceback of an error.')
     parser.add_argument('--version', action='version', version=__version__)
-    # Takes --debug after the command, where one adds it to a line that failed.
+    # --debug is an option of each command, so that a user can add it at the end of a line that failed
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--debug', action='store_true', help='show the traceback of an error')
     weights = argparse.ArgumentParser(add_help=False)
     weights.add_argument(
-        '--tag', help='tag of the weights, as in MODEL.TAG (default: the dataset, or custom if converted)')
-    weights.add_argument('--no-ema', dest='ema', action='store_false', help='take the raw weights, not their average')
-    weights.add_argument('--class-names', metavar='FILE', help='text file with one class name a line')
-    weights.add_argument('--license', help='licence of the weights, such as apache-2.0; the card states it')
+        '--tag', help='tag of the weights, as in MODEL.TAG (default: the dataset; convert: custom or graft_custom)')
+    weights.add_argument(
+        '--no-ema', dest='ema', action='store_false', help='take the raw weights, not their moving average')
+    weights.add_argument('--class-names', metavar='FILE', help='text file with one class name per line')
+    weights.add_argument('--license', help='licence of the weights, such as apache-2.0, for the model card')
     run = argparse.ArgumentParser(add_help=False)
     run.add_argument('--checkpoint', metavar='NAME', default='model_best.pth.tar',
                      help='file name of the checkpoint in the run (default: %(default)s)')
@@ -135,46 +138,47 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(_list, 'list', 'list the models', '"resnet50*" --tags')
     sub.add_argument('filter', nargs='?', default='', help='wildcard, as in timm.list_models')
-    sub.add_argument('--tags', action='store_true', help='name every tag')
+    sub.add_argument('--tags', action='store_true', help='show all tags, not only the default')
     sub.add_argument('--json', action='store_true', help='print JSON')
 
     sub = command(
-        _run, 'run', 'run a script with the models registered, if PyTorch\'s autoload hook is switched off',
+        _run, 'run', 'run a script with the models registered, even if PyTorch\'s autoload is switched off',
         'train.py --model resnet50_ela_b ...')
     sub.add_argument('script', help='Python script, such as timm\'s train.py')
     sub.add_argument('args', nargs=argparse.REMAINDER, help='its arguments')
 
     sub = command(
-        _convert, 'convert', 'write a plain checkpoint (grafted) or an author\'s (renamed) as a model folder',
+        _convert, 'convert', 'write a model folder from a checkpoint: of the plain model (grafted: attention is added '
+        'that changes nothing until it is trained), or of a paper\'s authors (renamed)',
         'resnet50.pth --model resnet50_ela_b grafted', weights)
     sub.add_argument(
         'source', metavar='checkpoint', help='.pth.tar of train.py, .pth or .safetensors')
     sub.add_argument('out_dir', help='folder to write')
-    sub.add_argument('--model', required=True, help='model of timm_ela')
-    sub.add_argument('--force', action='store_true', help='replace the export in the folder')
+    sub.add_argument('--model', required=True, help='name of a timm_ela model')
+    sub.add_argument('--force', action='store_true', help='replace an earlier export in the folder')
 
     sub = command(
-        _export, 'export', 'write a run of train.py as a folder of weights, config and card',
+        _export, 'export', 'write a run of train.py as a model folder: weights, config and model card',
         'output/train/my-run my-model --tag flowers', weights, run)
     sub.add_argument('run_dir', help='output folder of train.py')
     sub.add_argument('out_dir', help='folder to write')
-    sub.add_argument('--force', action='store_true', help='replace the export in the folder')
+    sub.add_argument('--force', action='store_true', help='replace an earlier export in the folder')
 
     sub = command(
-        _push, 'push', 'upload a folder, or a run of train.py, to the Hub in one commit', 'my-model me/my-model',
-        weights, run)
-    sub.add_argument('folder', help='folder that export wrote, or output folder of train.py')
+        _push, 'push', 'upload a model folder, or a run of train.py, to the Hugging Face Hub in one commit',
+        'my-model me/my-model', weights, run)
+    sub.add_argument('folder', help='folder that export or convert wrote, or output folder of train.py')
     sub.add_argument('repo_id', metavar='OWNER/NAME', help='repository; created if needed')
-    sub.add_argument('--private', action='store_true', help='create it private')
+    sub.add_argument('--private', action='store_true', help='create a private repository, and refuse a public one')
 
     sub = command(
         _plot, 'plot', 'draw where models look (Grad-CAM) and what their ELA gates do',
         'cat.png --model resnet50 resnet50_ela_b -o plot.png')
-    sub.add_argument('image', help='picture')
+    sub.add_argument('image', help='image file')
     sub.add_argument(
         '--model', required=True, nargs='+',
         help='any model of timm, hf-hub:OWNER/NAME or local-dir:FOLDER; several are drawn one below the other')
-    sub.add_argument('-o', '--output', default='attention.png', help='picture to write (default: %(default)s)')
+    sub.add_argument('-o', '--output', default='attention.png', help='image file to write (default: %(default)s)')
     sub.add_argument(
         '--class', dest='class_index', type=int, metavar='N',
         help='class that Grad-CAM explains, from 0 (default: the most probable)')
@@ -186,12 +190,13 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument('--mean', action='store_true', help='draw the mean of the gates of all channels')
     sub.add_argument(
         '--no-pretrained', dest='pretrained', action='store_false',
-        help='random weights (hf-hub: and local-dir: load theirs anyway)')
+        help='use random weights (models of hf-hub: and local-dir: load their weights anyway)')
     return parser
 
 
 def _interrupt(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # once is enough
+    # a second signal must not interrupt the clean-up
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -202,18 +207,22 @@ def main(argv: list[str] | None = None) -> None:
     if args.command is None:
         return parser.print_help()
     if args.command == 'run' and Path(args.script).is_file():
-        return _run(args)  # the script's errors are its own
+        # outside the try below: an error of the script keeps its traceback
+        return _run(args)
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     logging.getLogger(__package__).setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors='backslashreplace')  # a name that cannot be printed is no error
-    # So that what is half-written is removed. nohup has SIGHUP ignored; Windows has none.
+        # a name that the terminal cannot show must not make the command fail
+        sys.stdout.reconfigure(errors='backslashreplace')
+    # Raise an exception on these signals, so that what is half-written is removed. nohup makes SIGHUP ignored, which
+    # stays so; Windows has no SIGHUP.
     signals = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if argv is None and hasattr(signal, name)]
     signals = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
     for number in signals:
         signal.signal(number, _interrupt)
     if argv is None and args.command == 'list' and hasattr(signal, 'SIGPIPE'):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `list | head` ends without an error
+        # `timm-ela list | head` ends without an error
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         args.function(args)
         for number in signals:
@@ -223,11 +232,13 @@ def main(argv: list[str] | None = None) -> None:
         if args.debug:
             raise
         line = f'interrupted; {str(error) or "nothing was written"}'
-    except Exception as error:  # the outermost place: every error becomes one line
+    except Exception as error:
+        # the outermost place: every error becomes one line
         if args.debug:
             raise
         line = ' '.join(str(error).split()) or repr(error)
-    # Only now are the frames of the error gone, and with them an upload's progress bar, which leaves a blanked line.
+    # The progress bar of an upload closes only here, when the frames of the error are gone. It leaves spaces on the
+    # current line, which '\r' overwrites.
     start = '\r' if args.command == 'push' else ''
     print(f'{start}timm-ela {args.command}: error: {line}', file=sys.stderr)
     sys.exit(2)

@@ -140,7 +140,7 @@ def test_a_prefix_of_the_names_is_said(name, first, prefix, attention, kwargs):
         load(name, state_dict, device='meta', **kwargs)
     message = str(error.value)
     assert re.search(fr"lacks \d+ weights, first '{first}'", message)
-    assert f"(all that it lacks stands under the prefix '{prefix}': take that off)" in message
+    assert f"(the missing weights are under the prefix '{prefix}': remove it)" in message
 
 
 def test_convert_says_the_prefix_and_nothing_of_a_classifier(tmp_path, caplog):

@@ -1,7 +1,7 @@
-"""Attention layers: ELA and those that it is compared with.
+"""Attention layers: ELA, and the layers that it is compared with.
 
-timm is imported before anything of ours, and our models are registered right after it has loaded (see autoload.py).
-Define nothing here: registering imports this package's modules while this file is still running.
+timm is imported before any module of this package, and our models are registered right after it (see autoload.py).
+Define nothing here: the registration imports this package's modules while this file is still running.
 """
 import timm.models  # noqa: F401
 

@@ -1,9 +1,12 @@
-"""The attention layers that models are registered with, a row each: ELA's four sizes, and what it is compared with.
+"""The attention layers of the registered models, one row each: ELA's four sizes, and what ELA is compared with.
 
-The rivals are set as in their papers, by timm's layers where timm has them. Three of those differ from a paper's
-equations or code: SEModule's two layers have biases, as in its authors' released models; CbamModule's spatial
-convolution has a batch norm, as in its authors' code (which also has biases in the channel MLP; its equation and timm
-have none); GlobalContext's LayerNorm has timm's epsilon, 1e-6, where its authors' has 1e-5.
+The other layers have the settings of their papers, and are timm's modules where timm has them. Three of timm's modules
+differ from the paper's equations or the authors' code:
+
+- SEModule's two layers have biases, as in the authors' released models.
+- CbamModule's spatial convolution has a batch norm, as in the authors' code. Its channel MLP has no biases, as in the
+  paper's equation; the authors' code has them.
+- GlobalContext's LayerNorm has an epsilon of 1e-6; the authors' has 1e-5.
 """
 from collections.abc import Callable
 from functools import partial
@@ -22,10 +25,10 @@ from .triplet_attn import TripletAttention
 
 
 class Paper(NamedTuple):
-    """A paper on arXiv."""
+    """A paper on arXiv. BibTeX's 'and' separates the authors."""
 
     title: str
-    authors: str  # as BibTeX separates them
+    authors: str
     year: int
     arxiv: str
 
@@ -42,21 +45,37 @@ class Paper(NamedTuple):
 
 
 class Neutral(NamedTuple):
-    """The point where a layer multiplies its input by exactly 1 / factor, and where gradients make it leave."""
+    """The neutral point of a layer: weights with which it multiplies its input by exactly 1 / factor.
 
-    zeroed: tuple[str, ...]  # parameters that are zero there
-    factor: int  # a power of two: to scale by it loses no bit
+    Gradients there are not zero, so the layer leaves the point as soon as it is trained.
+
+    Attributes:
+        zeroed: Parameters that are zero at this point.
+        factor: A power of two, so that scaling by it does not round.
+    """
+
+    zeroed: tuple[str, ...]
+    factor: int
 
 
 class AttnLayer(NamedTuple):
-    """An attention layer: what it is called, where it comes from, how it is made."""
+    """An attention layer: its names, its paper, and how it is made.
 
-    suffix: str  # of the models' names
+    Attributes:
+        suffix: Suffix of the names of models with this layer.
+        title: Name of the layer.
+        paper: Paper that introduced it.
+        make: make(channels, device=..., dtype=...) returns the layer, which has at least one parameter.
+        neutral: Neutral point, or None if the layer has none.
+        no_weights: Why there are no pretrained weights, if the layer has no neutral point.
+    """
+
+    suffix: str
     title: str
     paper: Paper
-    make: Callable[..., nn.Module]  # make(channels, device=..., dtype=...); the layer has at least one parameter
+    make: Callable[..., nn.Module]
     neutral: Neutral | None = None
-    no_weights: str = ''  # why there are no pretrained weights, where there is no neutral point
+    no_weights: str = ''
 
     @property
     def tag(self) -> str:
@@ -76,7 +95,7 @@ class AttnLayer(NamedTuple):
 
 
 def _reduced(layer: Callable[..., nn.Module], ratio: int, least: int = 1, **kwargs) -> Callable[..., nn.Module]:
-    """How a layer of timm is made with hidden channels that are channels // ratio, and at least `least`."""
+    """Returns a `make` for a layer of timm: with channels // ratio hidden channels, but at least `least`."""
     def make(channels: int, **dd) -> nn.Module:
         return layer(channels, rd_channels=max(least, channels // ratio), **kwargs, **dd)
 
@@ -163,7 +182,7 @@ ATTN_LAYERS = {layer.suffix: layer for layer in (
     ),
 )}
 
-# Not one of ATTN_LAYERS: it takes the place of another attention, not that of a gate.
+# not in ATTN_LAYERS: it replaces the attention of a transformer block, and cannot take the place of a gate
 ELSA = AttnLayer(
     'elsa',
     'ELSA',
@@ -174,7 +193,7 @@ ELSA = AttnLayer(
                '`timm-ela convert` reads them.',
 )
 
-# The same in VOLO, of which the authors released nothing: see models/elsa_volo.py.
+# ELSA in VOLO, for which the authors released nothing: see models/elsa_volo.py
 ELSA_VOLO = ELSA._replace(
     title='ELSA (a reading of the paper: its authors released no ELSA-VOLO)',
     no_weights='its authors released no ELSA-VOLO, and this model is a reading of their paper. '

@@ -1,4 +1,4 @@
-"""Efficient Local Attention (ELA). In each part the plain expression stands first, and below it what costs less."""
+"""Efficient Local Attention (ELA). Each function has the plain formula first, and then a cheaper way to compute it."""
 from math import gcd
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch.nn.modules.module import _has_any_global_hook
 from .reshaped import reshape_parameter
 from .tracing import is_fixed_export, is_on_cpu, is_recorded, is_traced, is_transformed
 
-# The paper's four sizes. group_size: channels per group of the convolution (1 is depthwise).
 VARIANTS: dict[str, dict[str, int]] = {
     't': dict(kernel_size=5, group_size=1, num_groups=32),
     'b': dict(kernel_size=7, group_size=1, num_groups=16),
@@ -22,7 +21,7 @@ VARIANTS: dict[str, dict[str, int]] = {
 
 
 class EfficientLocalAttention(nn.Module):
-    """Efficient Local Attention: gates a feature map by what it holds along its rows and along its columns.
+    """Efficient Local Attention: multiplies a feature map by two gates, one along its height and one along its width.
 
     For x of shape (N, C, H, W)::
 
@@ -30,14 +29,14 @@ class EfficientLocalAttention(nn.Module):
         a_w = sigmoid(GroupNorm(Conv1d(mean of x over H)))    (N, C, W)
         y[n, c, h, w] = x[n, c, h, w] * a_h[n, c, h] * a_w[n, c, w]
 
-    One bias-free Conv1d and one affine GroupNorm serve both strips, as in the authors' code, whose modules' weights
-    load as they are. Where the published number of GroupNorm groups does not divide C (32 for ELA-T, C = 144), the
-    module uses `gcd(num_groups, C)`. `conv` and `gn` are called on (N, C, L): hook, wrap or replace them. timm's
-    `attn_layer='ela'` is another module: one convolution and one one-group GroupNorm a strip, a SiLU, no four sizes.
+    Both means (strips) share one bias-free Conv1d and one affine GroupNorm, as in the authors' code; the weights of
+    their modules load unchanged. Where the published number of GroupNorm groups does not divide C (32 for ELA-T, C =
+    144), the module uses `gcd(num_groups, C)`. `conv` and `gn` are called on (N, C, L): hook, wrap or replace them.
+    timm's `attn_layer='ela'` is another module: a convolution and a one-group GroupNorm for each strip, and a SiLU.
 
-    With `inplace=True` the module writes its output into its input in eval mode, as timm's activations do: in eager
-    mode without a graph, if neither its own nor global hooks nor a replaced forward see it, and if the input is no view
-    (inference mode does not tell an alias of the whole). A kept reference to the input sees it gated then.
+    With `inplace=True` the output overwrites the input, as in timm's activations, and a kept reference to the input
+    then shows the output. This happens only in eval and eager mode, without gradients, without hooks or a replaced
+    `forward`, and if the input is no view. Inference mode does not reveal a view of a whole tensor.
 
     Source: `ELA: Efficient Local Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2403.01123
     """
@@ -59,17 +58,17 @@ class EfficientLocalAttention(nn.Module):
         """
         Args:
             channels: Channels C of the input.
-            variant: Size of the paper: 't', 'b', 's' or 'l'; sets the next three where they are not given.
-            kernel_size: Taps of the convolution along a strip, odd.
+            variant: Size in the paper: 't', 'b', 's' or 'l'. It sets the next three arguments where they are None.
+            kernel_size: Kernel size of the convolution, odd.
             group_size: Channels per group of the convolution; 1 is depthwise.
-            num_groups: Groups of the GroupNorm, as published; `gcd(num_groups, channels)` are used.
+            num_groups: Groups of the GroupNorm, as published; the module uses `gcd(num_groups, channels)`.
             eps: GroupNorm's epsilon.
-            inplace: Write the output into the input in eval mode, where that is safe for gradients, views and hooks.
+            inplace: Overwrite the input in eval mode, where that is safe for gradients, views and hooks.
             act_layer: Not used: timm's builders pass the block's activation to every attention layer.
-            device, dtype: Of the parameters.
+            device, dtype: Device and dtype of the parameters.
 
         Raises:
-            ValueError: If the variant is unknown, the kernel size even, or the channels no multiple of group_size.
+            ValueError: If a size is unknown or not positive, kernel_size even, or channels no multiple of group_size.
         """
         super().__init__()
         if variant not in VARIANTS:
@@ -86,7 +85,7 @@ class EfficientLocalAttention(nn.Module):
         taps, groups, dd = size['kernel_size'], channels // size['group_size'], {'device': device, 'dtype': dtype}
         self.conv = StripConv(channels, channels, taps, padding=taps // 2, groups=groups, bias=False, **dd)
         if is_exportable():
-            # conv2d's shape: ExecuTorch's XNNPACK takes a weight only if no operation makes it
+            # the shape that conv2d takes: ExecuTorch's XNNPACK refuses a weight that an operation has reshaped
             reshape_parameter(self.conv, 'weight', channels, size['group_size'], 1, taps)
         self.gn = StripNorm(gcd(size['num_groups'], channels), channels, eps=eps, **dd)
         self.inplace = inplace
@@ -98,13 +97,13 @@ class EfficientLocalAttention(nn.Module):
         return gate(x, self.gn(self.conv(z_h)), self.gn(self.conv(z_w)), inplace)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The two gates of x: a_h (N, C, H) and a_w (N, C, W), values in (0, 1), in x's dtype."""
+        """Returns the two gates of x: a_h (N, C, H) and a_w (N, C, W), values in (0, 1), in x's dtype."""
         z_h, z_w = _strips(x)
         return open_gates(x, self.gn(self.conv(z_h)), self.gn(self.conv(z_w)))
 
     @torch.jit.unused
     def _may_write_into(self, x: Tensor) -> bool:
-        # a graph of torch.fx may return any of its nodes; in inference mode, only their size tells views
+        # torch.fx passes a Proxy, and its graph may return x; in inference mode, only the storage's size shows a view
         return (
             self.inplace and not (self.training or is_traced() or is_transformed()) and isinstance(x, Tensor) and not (
                 self._forward_pre_hooks or self._forward_hooks or _has_any_global_hook() or 'forward' in vars(self)
@@ -133,8 +132,8 @@ class StripNorm(nn.GroupNorm):
         if torch.jit.is_scripting() or not (is_fixed_export(z) and z.shape[1] * z.shape[2] > self.num_groups):
             return F.group_norm(z, self.num_groups, self.weight, self.bias, self.eps)
         else:
-            # XNNPACK has no group_norm, and a mean only over the last two dimensions of a 4-D map. OpenVINO computes
-            # this sequence of operators, with its square root and quotient, as one.
+            # XNNPACK has no group_norm, and takes a mean only over the last two dimensions of a 4-D map. OpenVINO computes
+            # this sequence of operators, with its square root and quotient, as one operator.
             g = z.reshape(z.shape[0], self.num_groups, -1, 1)
             g = g - g.mean((2, 3), keepdim=True)
             z = (g / (g.pow(2).mean((2, 3), keepdim=True) + self.eps).sqrt()).reshape(z.shape)
@@ -143,7 +142,7 @@ class StripNorm(nn.GroupNorm):
 
 @torch.fx.wrap
 def pool(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, C, H, W), and its means over the width (N, C, H) and over the height (N, C, W)."""
+    """Returns x (N, C, H, W), and its means over the width (N, C, H) and over the height (N, C, W)."""
     if torch.jit.is_scripting():
         return x, x.mean(3), x.mean(2)
     else:
@@ -153,28 +152,28 @@ def pool(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.fx.wrap
 def strip_conv(z: Tensor, weight: Tensor) -> Tensor:
     """conv1d of z (N, C, L) with weight (C, C / groups, K) or (C, C / groups, 1, K), padded to the same length."""
-    # by conv2d: conv1d does not use oneDNN for short strips, and inductor does not vectorize the product behind it
+    # conv2d, since conv1d does not use oneDNN for short strips, and inductor does not vectorize the product after it
     if torch.jit.is_scripting() or not (is_recorded([z, weight]) and weight.shape[1] == 1 and is_on_cpu(z)):
         (n, c, length), half, groups = z.shape, weight.shape[-1] // 2, weight.shape[0] // weight.shape[1]
         weight = weight if weight.dim() == 4 else weight.unsqueeze(2)
         if not torch.jit.is_scripting() and not is_traced() and length <= half:
-            # taps that only see padding make it many times slower
+            # taps that only see padding make conv2d many times slower
             weight, half = weight[..., half + 1 - length:half + length], length - 1
         z = F.conv2d(z.view(n, c, 1, length), weight, None, padding=[0, half], groups=groups)
-        # XNNPACK has no squeeze; of free sizes, a view would forbid some
+        # XNNPACK has no squeeze; with dynamic sizes, a view would restrict them
         return z.view(n, c, length) if not torch.jit.is_scripting() and is_fixed_export(z) else z.squeeze(2)
     else:
         return _DepthwiseConv.apply(z, weight)
 
 
 def open_gates(x: Tensor, logits_h: Tensor, logits_w: Tensor) -> tuple[Tensor, Tensor]:
-    """The gates in x's dtype: under CUDA autocast GroupNorm gives float32, which would promote the whole map."""
+    """Returns the gates in x's dtype: CUDA autocast's GroupNorm returns float32, which would promote the whole map."""
     return logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
 
 
 @torch.fx.wrap
 def gate(x: Tensor, logits_h: Tensor, logits_w: Tensor, inplace: bool = False) -> Tensor:
-    """x (N, C, H, W) times the gates that logits_h (N, C, H) and logits_w (N, C, W) open."""
+    """Returns x (N, C, H, W) times the sigmoids of logits_h (N, C, H) and logits_w (N, C, W)."""
     if torch.jit.is_scripting() or is_traced() or is_transformed():
         (n, c, h, w), (a_h, a_w) = x.shape, open_gates(x, logits_h, logits_w)
         return x * a_h.view(n, c, h, 1) * a_w.view(n, c, 1, w)
@@ -185,30 +184,30 @@ def gate(x: Tensor, logits_h: Tensor, logits_w: Tensor, inplace: bool = False) -
 
 
 def _in_layout_of(x: Tensor, strip: Tensor) -> Tensor:
-    """A strip (N, C, L) in the memory format of x: on a CPU, mixed formats multiply slowly."""
+    """Returns a strip (N, C, L) in the memory format of x: on a CPU, products of mixed formats are slow."""
     nhwc = x.stride(1) == 1 and is_on_cpu(x)
     return strip.transpose(1, 2).contiguous().transpose(1, 2) if nhwc else strip
 
 
 def _strips(x: Tensor, mean: bool = True) -> tuple[Tensor, Tensor]:
-    """Means, or sums, of x over its width (N, C, H) and over its height (N, C, W)."""
+    """Returns the means, or the sums, of x over its width (N, C, H) and over its height (N, C, W)."""
     if not (x.stride(1) == 1 and is_on_cpu(x) or is_fixed_export(x)):
         return (x.mean(3), x.mean(2)) if mean else (x.sum(3), x.sum(2))
-    # in NHWC, a pooling is far faster than a reduction over one axis; in an export, it is what XNNPACK takes
+    # in NHWC, pooling is far faster than a reduction over one axis; in an export, XNNPACK takes pooling only
     sizes, divisor = ((1, x.shape[3]), (x.shape[2], 1)), None if mean else 1
     z_h, z_w = (F.avg_pool2d(x, size, divisor_override=divisor).flatten(2) for size in sizes)
     return z_h, z_w
 
 
 def _gated(x: Tensor, logits_h: Tensor, logits_w: Tensor, inplace: bool = False) -> Tensor:
-    """`gate`, in at most one allocation if no graph is recorded."""
+    """Computes `gate`, with at most one allocation of x's size if no graph is recorded."""
     a_h, a_w = open_gates(x, _in_layout_of(x, logits_h), _in_layout_of(x, logits_w))
     y = x.mul_(a_h.unsqueeze(3)) if inplace else x * a_h.unsqueeze(3)
     return y * a_w.unsqueeze(2) if y.requires_grad else y.mul_(a_w.unsqueeze(2))
 
 
 class _Pool(Function):
-    """`pool`. Backward adds the strips' gradients to that of x in place."""
+    """`pool` with a backward pass that adds the strips' gradients to the gradient of x in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,12 +221,12 @@ class _Pool(Function):
         grad_w = _in_layout_of(grad, grad_w / height).unsqueeze(2)
         if torch.is_grad_enabled():
             return grad + grad_h + grad_w
-        # only _Gate.backward has it
+        # in place: _Gate.backward has made this gradient, and nothing else holds it
         return grad.add_(grad_h).add_(grad_w)
 
 
 class _Gate(Function):
-    """`gate`. It saves x and nothing else of its size, and backward reads x once."""
+    """`gate` that saves x and nothing else of its size, and reads x once in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, logits_h: Tensor, logits_w: Tensor) -> Tensor:
@@ -238,14 +237,14 @@ class _Gate(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, logits_h, logits_w = ctx.saved_tensors
         grad_x = _gated(grad, logits_h, logits_w)
-        # d sigmoid = a (1 - a), and a is in grad_x already: one product serves both strips
+        # the derivative of the sigmoid a is a (1 - a), and grad_x already has the factor a: both strips share a product
         sum_h, sum_w = _strips(grad_x * x, mean=False)
-        # sigmoid(-logit) is 1 - a with all its bits
+        # sigmoid(-logit) is 1 - a, without the rounding of a difference
         return grad_x, sum_h * (-logits_h).sigmoid(), sum_w * (-logits_w).sigmoid()
 
 
 class _DepthwiseConv(Function):
-    """`strip_conv` of groups of one channel. On a CPU, PyTorch's own backward pass takes many times as long."""
+    """Depthwise `strip_conv`. On a CPU, PyTorch's own backward pass takes many times as long."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, weight: Tensor) -> Tensor:
@@ -254,7 +253,7 @@ class _DepthwiseConv(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        # autocast's dtype
+        # under autocast, grad has another dtype than the saved tensors
         z, weight = (t.to(grad.dtype) for t in ctx.saved_tensors)
         shifted = F.pad(z, 2 * (weight.shape[-1] // 2,)).unfold(2, z.shape[2], 1)  # (N, C, taps, L), a view
         grad_weight = torch.stack([(grad * tap).sum(0) for tap in shifted.unbind(2)], 1).sum(2).view_as(weight)

@@ -1,14 +1,14 @@
-"""Enhanced Local Self-Attention (ELSA): the formula, the same as banded matrix products, and the module.
+"""Enhanced Local Self-Attention (ELSA): the formula, the same computed by banded matrix products, and the module.
 
 `ELSA: Enhanced Local Self-Attention for Vision Transformer` - https://arxiv.org/abs/2112.12786
 
-All maps are NHWC, as in timm's Swin. With h the attention, which the C / G channels of a head share, and with `mul` and
-`add` the ghost head, the operator is
+All maps are NHWC, as in timm's Swin. The operator is
 
     out[c, n] = sum over k of (mul[c, k] * h[g(c), k, n] + add[c, k]) * v[c, n + k]
 
-over the K offsets k of a square neighbourhood, row by row, with zeros around the map. The second term needs no h: it is
-a depthwise convolution of v. The first is local attention. Nothing of size N x C x K x H x W is made.
+h is the attention, which the C / G channels of a head share; `mul` and `add` are the ghost head. k runs over the K
+offsets of a square neighbourhood, row by row, and v is zero outside the map. The term of `mul` is local attention, that
+of `add` is a depthwise convolution of v. No tensor of size N x C x K x H x W is made.
 """
 import math
 from collections.abc import Callable
@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .tracing import is_on_cpu, is_traced, is_transformed
 
-torch.fx.wrap('elsa')  # one node in a traced graph, with its choice of path inside
+# one node in a traced graph, so that the choice between the computations is made when the graph runs
+torch.fx.wrap('elsa')
 
 
 def _tap(padded: Tensor, attn: Tensor, mul: Tensor | None, k: int, kernel_size: int, dilation: int) -> Tensor:
@@ -35,15 +36,14 @@ def _tap(padded: Tensor, attn: Tensor, mul: Tensor | None, k: int, kernel_size: 
 
 
 def local_attention(v: Tensor, attn: Tensor, mul: Tensor | None, kernel_size: int, dilation: int = 1) -> Tensor:
-    """The formula of local attention, written plainly: document, oracle, and the path for a ghost head that multiplies.
+    """Computes local attention by its formula: to document and test `banded_attention`, and for a ghost head's `mul`.
 
-    `mul` depends on the channel, so the matrices of `banded_attention` would have to be made for each channel rather
-    than for each head, to be multiplied by a vector each.
+    With `mul`, `banded_attention` would need a matrix for each channel, not for each head, and use it for one vector.
 
     Args:
         v: Values (N, H, W, C).
         attn: Weights (N, H, W, G, K) of K = kernel_size ** 2 offsets for each of G heads.
-        mul: What multiplies the weights, (C, kernel_size, kernel_size), or None.
+        mul: Factor of the weights, (C, kernel_size, kernel_size), or None for 1.
         kernel_size: Offsets along a side, odd.
         dilation: Distance between neighbouring offsets.
 
@@ -54,7 +54,7 @@ def local_attention(v: Tensor, attn: Tensor, mul: Tensor | None, kernel_size: in
     padded = F.pad(v, (0, 0, reach, reach, reach, reach)).unflatten(3, (attn.shape[3], -1))
     if mul is not None:
         mul = mul.flatten(1).t().unflatten(1, (attn.shape[3], -1))
-    # a sum of low precision would round once for each offset
+    # in a low precision, the sum would round at each offset
     out = torch.zeros(1, device=v.device, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
     for k in range(kernel_size * kernel_size):
         if torch.jit.is_scripting():
@@ -65,17 +65,18 @@ def local_attention(v: Tensor, attn: Tensor, mul: Tensor | None, kernel_size: in
 
 
 def _recomputed(function: Callable[..., Tensor], *args) -> Tensor:
-    """Calls the function; where a graph is recorded in eager mode, it keeps its arguments only and calls it again."""
-    # Traces, torch.func and forward-mode derivatives need the operations themselves.
+    """Calls the function. In eager mode with gradients, it keeps the arguments only, and calls it again in backward."""
+    # traces, torch.func and forward-mode derivatives need the operations themselves
     if not torch.is_grad_enabled() or is_traced() or is_transformed():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _skew(x: Tensor, length: int) -> Tensor:
-    """Moves row i of x (..., rows, S, M) by i places along axis S, which becomes `length` long: (..., rows, length, M).
+    """Shifts row i of x (..., rows, S, M) by i places along axis S, and returns (..., rows, length, M).
 
-    Rows of length + 1, laid end to end and cut into rows of `length`, begin one place later each.
+    It pads the rows to length + 1, joins them, and cuts the result into rows of `length`, each of which starts one
+    place later than the row before.
     """
     rows = x.shape[-3]
     x = F.pad(x, (0, 0, 0, length + 1 - x.shape[-2])).flatten(-3, -2)
@@ -83,16 +84,16 @@ def _skew(x: Tensor, length: int) -> Tensor:
 
 
 def banded_attention(v: Tensor, attn: Tensor, kernel_size: int, dilation: int = 1, tile: int = 7) -> Tensor:
-    """`local_attention` without `mul`, as one batch of matrix products: two dozen operations for any kernel size.
+    """Computes `local_attention` without `mul`, by one batch of matrix products: two dozen operations for any kernel.
 
-    The queries of a square tile share their keys: the tile and a margin around it. A query's weights stand in a row of
-    a matrix (queries x keys), which is zero for the keys that are out of its reach. Tiles of 7 x 7 fill the maps of
-    Swin at 224 pixels; other maps are padded.
+    The queries of a square tile share their keys: the tile and a margin around it. Each row of a matrix (queries, keys)
+    holds a query's weights, and zeros for the keys out of its reach. Tiles of 7 x 7 fill the maps of Swin at 224
+    pixels; other maps are padded.
     """
     batch, height, width, channels = v.shape
     heads, reach = attn.shape[3], kernel_size // 2
     side = tile + 2 * reach
-    # Positions that are a multiple of the dilation apart see only each other: they are a map of their own.
+    # a position sees only those at multiples of the dilation: the map splits into maps that do not see each other
     rows, cols = -(-height // (tile * dilation)), -(-width // (tile * dilation))
     margin = (0, 0, 0, cols * tile * dilation - width, 0, rows * tile * dilation - height)
     apart = (batch, rows * tile, dilation, cols * tile, dilation, -1)
@@ -111,7 +112,7 @@ def banded_attention(v: Tensor, attn: Tensor, kernel_size: int, dilation: int = 
 
 
 def _banded_by_images(v: Tensor, attn: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """`banded_attention`, whose matrices live only while the images of one step are computed."""
+    """Computes `banded_attention` of some images at a time, so that only their matrices are in memory."""
     if is_traced() or is_transformed() or not len(v):
         return banded_attention(v, attn, kernel_size, dilation)
     # on a CPU, the matrices of one image stay in its caches
@@ -131,21 +132,21 @@ def elsa(
 ) -> Tensor:
     """The operator of ELSA: local attention and a ghost head.
 
-    In eager mode it keeps nothing for the backward pass but its arguments. Compiled, scripted and exported it is
-    `banded_attention` of the whole batch, and each of its operations keeps what it needs.
+    In eager mode it keeps nothing for the backward pass but its arguments. Compiled, scripted or exported, it computes
+    the whole batch at once, and each operation keeps what it needs.
 
     Args:
         v: Values (N, H, W, C), any strides.
         attn: Weights (N, H, W, G, K) of K = kernel_size ** 2 offsets for each of G heads.
-        mul: What multiplies the weights, (C, kernel_size, kernel_size), or None for 1.
-        add: What is added to them, (C, kernel_size, kernel_size), or None for 0.
+        mul: Factor of the weights, (C, kernel_size, kernel_size), or None for 1.
+        add: Summand of the weights, (C, kernel_size, kernel_size), or None for 0.
         kernel_size: Offsets along a side, odd.
         dilation: Distance between neighbouring offsets.
 
     Returns:
         The map (N, H, W, C) in v's dtype.
     """
-    # autocast's softmax gives float32
+    # under autocast, softmax returns float32
     dtype, attn, v = v.dtype, attn.to(v.dtype), v.contiguous()
     if mul is not None:
         out = local_attention(v, attn, mul, kernel_size, dilation)
@@ -161,7 +162,7 @@ def elsa(
 
 
 class _ConvNHWC(nn.Conv2d):
-    """A convolution of an NHWC map, with the parameters of Conv2d: of size 1 a matrix product, faster on a CPU."""
+    """Conv2d of an NHWC map. A 1 x 1 convolution is computed as a matrix product, which is faster on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel_size == (1, 1):
@@ -179,13 +180,13 @@ class EnhancedLocalSelfAttention(nn.Module):
         out[c, n] = sum over k of (mul[c, k] ** lam * h[g(c), k, n] + gamma * add[c, k]) * v[c, n + k]
         y = Linear(out)
 
-    d is C // 3 * 2, rounded up to a multiple of group_width. Parameters are named and shaped as the authors' are, so
-    their modules' weights load as they are: `ghost_head` is (1, C, kernel_size, kernel_size) where lam or gamma is 0,
-    and (2, 1, C, kernel_size, kernel_size), `mul` first, where neither is. Of the authors' options, a stride, other
-    widths of q, k and v, and a grouped last convolution are left out: no model of theirs has them.
+    d is C // 3 * 2, rounded up to a multiple of group_width. Parameters have the authors' names and shapes, so the
+    weights of their modules load unchanged: `ghost_head` is (1, C, kernel_size, kernel_size) if lam or gamma is 0, and
+    else (2, 1, C, kernel_size, kernel_size), with `mul` first. The authors' options for a stride, other widths of q, k
+    and v, and a grouped last convolution are left out: none of their models uses them.
 
-    With lam = 0, as in all released models, local attention is a batch of matrix products; with another lam it is a sum
-    of K maps, and takes longer (weights_cards/studies/speed.md).
+    With lam = 0, as in all released models, local attention is computed by matrix products. With another lam it is the
+    sum of K maps, which takes longer (weights_cards/studies/speed.md).
 
     Source: `ELSA: Enhanced Local Self-Attention for Vision Transformer` - https://arxiv.org/abs/2112.12786
     """
@@ -275,7 +276,7 @@ class EnhancedLocalSelfAttention(nn.Module):
         return parts[0] if self.lam != 0 else None, parts[-1] if self.gamma != 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attends.
+        """Applies the attention.
 
         Args:
             x: Feature map (N, H, W, C), H and W of any size.

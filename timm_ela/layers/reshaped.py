@@ -8,7 +8,7 @@ Shape = tuple[int, ...]
 
 
 def reshape_parameter(module: nn.Module, name: str, *shape: int) -> None:
-    """Gives a module's parameter another shape, and keeps the present one in state dicts."""
+    """Gives a module's parameter another shape; state dicts keep the present one."""
     parameter = module.get_parameter(name)
     stored = tuple(parameter.shape)
     setattr(module, name, nn.Parameter(parameter.detach().view(shape)))
@@ -30,6 +30,6 @@ def _view(
     # a tracer looks for the parameters themselves in state_dict(keep_vars=True)
     if keep_vars and isinstance(value, nn.Parameter):
         return
-    # of one that is missing or has another shape, load_state_dict says what is wrong
+    # if it is missing or has another shape, load_state_dict reports that
     if value is not None and value.shape == old:
         state_dict[prefix + name] = value.view(new)

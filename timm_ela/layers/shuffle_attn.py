@@ -9,19 +9,19 @@ from .reshaped import reshape_parameter
 
 
 class ShuffleAttention(nn.Module):
-    """Shuffle Attention: in each group of channels, one half gets a gate per channel and the other one per pixel.
+    """Shuffle Attention: in each group of channels, one half gets a gate per channel, the other half one per value.
 
     For a group's halves x_0 and x_1, (N, C / 2G, H, W) each::
 
         y_0 = x_0 * sigmoid(cweight * mean of x_0 over H and W + cbias)
         y_1 = x_1 * sigmoid(sweight * GroupNorm(x_1) + sbias)        one channel a group of the GroupNorm
 
-    Then the channels of all halves are shuffled in two. The weights are shared by the groups: 3C / G parameters. They
-    start at zero and the biases at one, as in the authors' code (https://github.com/wofmanaf/SA-Net), whose modules'
-    weights load as they are.
+    A channel shuffle with two groups follows. All groups share the parameters: 3C / G in all. cweight and sweight start
+    at zero, cbias and sbias at one, as in the authors' code (https://github.com/wofmanaf/SA-Net). The weights of their
+    modules load unchanged.
 
-    The authors use 64 groups, which needs channels in multiples of 128. Where 2 x 64 does not divide the channels
-    (MobileNetV2 has 144), the layer uses the greatest number of groups below 64 that does (36 for 144).
+    The authors use 64 groups, which needs channels in multiples of 128. For other numbers of channels (MobileNetV2 has
+    144), the layer uses the greatest number of groups below 64 whose double divides the channels (36 for 144).
 
     Source: `SA-Net: Shuffle Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2102.00240
     """
@@ -48,7 +48,7 @@ class ShuffleAttention(nn.Module):
         self.sweight = nn.Parameter(torch.zeros(1, half, 1, 1, **dd))
         self.sbias = nn.Parameter(torch.ones(1, half, 1, 1, **dd))
         self.gn = nn.GroupNorm(half, half, **dd)
-        # in channels_last, 4-D parameters would have other strides than their gradients: DistributedDataParallel warns
+        # 4-D parameters in channels_last have other strides than their gradients: DistributedDataParallel would warn
         for name in ('cweight', 'cbias', 'sweight', 'sbias'):
             reshape_parameter(self, name, half, 1, 1)
 

@@ -15,9 +15,9 @@ class StripPooling(nn.Module):
         y = x * sigmoid(Conv1x1(ReLU(s_h + s_w)))         (N, C, H, W)
 
     Its inner width is C, as in the ResNets of the authors' code (https://github.com/houqb/SPNet): 7C^2 + 5C parameters.
-    Parameters are named as there (SPBlock), so their modules' weights load as they are; their block gives the gate, and
-    this one multiplies by it. The 1 x 1 convolution has a bias and the others none, as in their code; the paper's
-    equations leave biases and norms out. It is not timm's `attn_layer='strip'`, which is another module.
+    Parameters have the names of their SPBlock, whose weights load unchanged. SPBlock returns the gate; this module also
+    multiplies x by it. Only the 1 x 1 convolution has a bias, as in their code; the paper's equations leave biases and
+    norms out. timm's `attn_layer='strip'` is another module.
 
     Source: `Strip Pooling: Rethinking Spatial Pooling for Scene Parsing` - https://arxiv.org/abs/2003.13328
     """

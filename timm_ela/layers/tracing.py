@@ -1,11 +1,12 @@
-"""What runs a layer: PyTorch's eager mode, or something that records or transforms its operations.
+"""Functions that tell what runs a layer: eager mode, or something that records or transforms its operations.
 
-TorchScript compiles no body of these functions: ask torch.jit.is_scripting() first.
+TorchScript cannot compile these functions: check torch.jit.is_scripting() before calling them.
 """
 import torch
 from torch.autograd import forward_ad
 
-is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # PyTorch 2.5 has none
+# PyTorch 2.5 has no is_exporting
+is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
 
 
 @torch.jit.unused
@@ -16,7 +17,7 @@ def is_traced() -> bool:
 
 @torch.jit.unused
 def is_transformed() -> bool:
-    """True in torch.func's transforms and forward-mode derivatives, which need the operations of a formula."""
+    """True in torch.func's transforms and forward-mode derivatives, which need plain PyTorch operations."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -28,7 +29,7 @@ def is_on_cpu(x: torch.Tensor) -> bool:
 
 @torch.jit.unused
 def is_fixed_export(x: torch.Tensor) -> bool:
-    """True in an export with x's channels and sizes fixed. In dynamo nothing tells: every size looks like an int."""
+    """True in an export with fixed channels, height and width. False in dynamo, where dynamic sizes look fixed too."""
     return (is_exporting() and not torch.compiler.is_dynamo_compiling()
             and all(isinstance(size, int) for size in x.shape[1:]))
 

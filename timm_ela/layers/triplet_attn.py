@@ -30,9 +30,9 @@ class TripletAttention(nn.Module):
         gate = sigmoid(BatchNorm(Conv7x7(pooled)))                1 channel
         y = mean of x * gate over the branches
 
-    300 parameters for any number of channels. Parameters are named as in the authors' code
-    (https://github.com/landskape-ai/triplet-attention), so their modules' weights load as they are. The batch norm's
-    momentum of 0.01 (0.99 in other conventions) is theirs, too; the paper does not state it.
+    It has 300 parameters for any number of channels. They have the names of the authors' code
+    (https://github.com/landskape-ai/triplet-attention), so the weights of their modules load unchanged. The momentum of
+    the batch norm, 0.01 (0.99 in other conventions), is also from their code; the paper does not state it.
 
     Source: `Rotate to Attend: Convolutional Triplet Attention Module` - https://arxiv.org/abs/2010.03045
     """

@@ -5,7 +5,7 @@
 https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite. The layers' papers are in
 attn_layers.py.
 
-The slot is that of the ImageNet code of the authors of Coordinate Attention and of ELA: after the depthwise
+The layer is where the authors of Coordinate Attention and of ELA have it in their ImageNet code: after the depthwise
 convolution's activation, before the projection.
 """
 from functools import partial
@@ -19,7 +19,8 @@ from .efficientnet_layouts import rename_state_dict
 from .graft import Slot, graft
 from .registry import Family, Model, make_default_cfgs, register_base_names, register_models, slot_models
 
-__all__: list[str] = []  # register_model adds each entry point
+# register_model adds each entry point
+__all__: list[str] = []
 
 _BASES = (
     'mobilenetv2_050', 'mobilenetv2_100', 'mobilenetv2_110d', 'mobilenetv2_120d', 'mobilenetv2_140',

@@ -19,7 +19,8 @@ from .blocks import InnerAttnBottleneck
 from .graft import Slot, graft
 from .registry import Family, Model, make_default_cfgs, register_models, slot_models
 
-__all__: list[str] = []  # register_model adds each entry point
+# register_model adds each entry point
+__all__: list[str] = []
 
 _BASIC = ('resnet18', 'resnet34')
 _BOTTLENECK = (

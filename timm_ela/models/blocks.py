@@ -1,4 +1,4 @@
-"""timm's residual blocks with the attention layer in a slot that timm's own do not have."""
+"""timm's residual blocks with the attention layer in a place where timm's blocks have none."""
 from timm.layers import create_attn
 from timm.models.resnet import Bottleneck
 from torch import Tensor

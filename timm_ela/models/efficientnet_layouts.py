@@ -1,4 +1,4 @@
-"""MobileNetV2 and EfficientNet-Lite checkpoints of other repositories, whose modules stand in timm's order.
+"""Renames checkpoints of other repositories' MobileNetV2 and EfficientNet-Lite, whose modules have timm's order.
 
 - Coordinate Attention's authors (github.com/houqb/CoordAttention, MBV2_CA), ELA's authors (github.com/Xuwei86/ELA_Code,
   MBV2_ELA72), and plain MobileNetV2 as these two and torchvision have it.
@@ -8,25 +8,28 @@ from itertools import zip_longest
 
 from torch import Tensor, nn
 
-_STEMS = ('features.0.0.weight', '_conv_stem.weight')  # each layout has one of them, and timm's has none
-_ENDS = ('conv_head', 'bn2', 'classifier')  # absent from models for features, or without a classifier
+# each of these layouts has one of the names, and timm's layout has none
+_STEMS = ('features.0.0.weight', '_conv_stem.weight')
+# last modules, which a model for features or without a classifier does not have
+_ENDS = ('conv_head', 'bn2', 'classifier')
 
 
 def _modules(state_dict: dict[str, Tensor]) -> dict[str, dict[str, int]]:
-    """Modules in their order, with the dimensions of each parameter. Old checkpoints have no num_batches_tracked."""
+    """Returns the modules in order, with the number of dimensions of each parameter."""
     modules: dict[str, dict[str, int]] = {}
     for key, value in state_dict.items():
         module, _, name = key.rpartition('.')
+        # old checkpoints have no num_batches_tracked
         if name != 'num_batches_tracked':
             modules.setdefault(module, {})[name] = value.ndim
     return modules
 
 
 def rename_state_dict(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Gives weights in one of the layouts timm's names, by order; those in another layout keep their names.
+    """Gives weights in one of these layouts timm's names, by their order. Other weights keep their names.
 
     Raises:
-        RuntimeError: If a module has other parameters than the one that the model has in its place.
+        RuntimeError: If the parameters of a module differ from those of the model's module at the same place.
     """
     if not any(stem in weights for stem in _STEMS):
         return weights

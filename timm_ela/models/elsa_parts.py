@@ -1,4 +1,4 @@
-"""What the families with ELSA share: a model of timm in which ELSA takes another attention's place, and its weights."""
+"""Shared by the families with ELSA: replacing the attention of a timm model by ELSA, and checking weights."""
 from typing import Any
 
 from timm.models import named_apply
@@ -20,7 +20,7 @@ def elsa_in_place_of(
     Args:
         attn: Attention of a timm model, with `num_heads`, `proj`, `attn_drop` and `proj_drop`.
         qkv_bias: Whether queries, keys and values have a bias.
-        weight_init: How timm's vision transformers initialize linear layers; 'skip' leaves PyTorch's way.
+        weight_init: Initialization of linear layers, as in timm's vision transformers; 'skip' leaves PyTorch's.
         **options: kernel_size, group_width, lam and gamma of EnhancedLocalSelfAttention.
     """
     layer = EnhancedLocalSelfAttention(
@@ -40,10 +40,10 @@ def elsa_in_place_of(
 
 
 def check_weights(state_dict: dict[str, Tensor], model: nn.Module, hint: str = '') -> dict[str, Tensor]:
-    """Returns the weights.
+    """Returns the weights if they fit the model. `hint` is for the error of a position bias of another size.
 
     Raises:
-        RuntimeError: If they are those of another architecture or size. The hint follows if a position bias differs.
+        RuntimeError: If they are those of another architecture or size.
     """
     if reason := difference(state_dict, model, adapted=True):
         hint = hint if 'relative_position_bias_table\' is' in reason else ''

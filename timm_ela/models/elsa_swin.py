@@ -1,4 +1,4 @@
-"""ELSA-Swin: Swin Transformer whose first three stages have Enhanced Local Self-Attention in place of windows.
+"""ELSA-Swin: a Swin Transformer with Enhanced Local Self-Attention, not window attention, in its first three stages.
 
 `ELSA: Enhanced Local Self-Attention for Vision Transformer` - https://arxiv.org/abs/2112.12786
 `Swin Transformer: Hierarchical Vision Transformer using Shifted Windows` - https://arxiv.org/abs/2103.14030
@@ -21,11 +21,12 @@ from ..layers.elsa import EnhancedLocalSelfAttention
 from .elsa_parts import check_weights, elsa_in_place_of
 from .registry import Family, Model, make_default_cfgs, register_models
 
-__all__: list[str] = []  # register_model adds each entry point
+# register_model adds each entry point
+__all__: list[str] = []
 
 _logger = logging.getLogger(__name__)
 
-# name -> plain timm model, and the groups of ELSA's grouped convolution in channels
+# name -> plain timm model, and channels per group of ELSA's grouped convolution
 _ELSA_SWINS = {
     'elsa_swin_tiny': ('swin_tiny_patch4_window7_224', 4),
     'elsa_swin_small': ('swin_small_patch4_window7_224', 8),
@@ -91,17 +92,18 @@ def build_elsa_swin(
 
 
 def rename_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Gives weights in the authors' layout timm's names; those in timm's keep them.
+    """Gives weights in the authors' layout timm's names. Weights in timm's layout keep their names.
 
-    Of a detector or a segmenter, whose keys begin with 'backbone.', the backbone is taken, and the norm of its last
-    feature map as that of the classifier.
+    Of the weights of a detector or a segmenter, whose keys begin with 'backbone.', it returns the backbone's. The norm
+    of the last feature map becomes the norm before the classifier.
     """
     backbone = {k.removeprefix('backbone.'): v for k, v in state_dict.items() if k.startswith('backbone.')}
     if backbone:
-        norms = tuple(f'norm{i}.' for i in range(len(model.layers) - 1))  # of feature maps that timm gives without
+        # timm returns the other feature maps without a norm
+        norms = tuple(f'norm{i}.' for i in range(len(model.layers) - 1))
         _logger.warning(
-            f'The checkpoint is one of a detector or a segmenter: its backbone is taken and it has no classifier; '
-            f'{len(state_dict) - len(backbone)} weights outside of it, and the norms before the last, are left out.')
+            f'The checkpoint of a detector or a segmenter has no classifier: only its backbone is taken. '
+            f'{len(state_dict) - len(backbone)} other weights, and all norms but the last, are left out.')
         state_dict = {
             k.replace(f'norm{len(norms)}.', 'norm.'): v for k, v in backbone.items() if not k.startswith(norms)}
     if not any(k.endswith('.attn.rb') or k.startswith('layers.0.downsample.') for k in state_dict):
@@ -109,8 +111,9 @@ def rename_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
     last = f'layers.{len(model.layers) - 1}.blocks.'
     renamed = {}
     for k, v in state_dict.items():
+        # timm computes these
         if k.endswith(('.relative_id', '.relative_position_index', '.attn_mask')):
-            continue  # timm makes them anew
+            continue
         # timm merges patches at the start of a stage, the authors at the end of the one before
         k = re.sub(r'^layers\.(\d+)\.downsample', lambda m: f'layers.{int(m[1]) + 1}.downsample', k)
         k = re.sub(r'^head\.(?!fc\.)', 'head.fc.', k)
@@ -120,7 +123,7 @@ def rename_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
                 value, query, key = v.chunk(3)
                 k, v = k.replace('.attn.pre_proj.', '.attn.qkv.'), torch.cat([query, key, value])
             if k.endswith('.attn.rb'):
-                # the authors count from query to key, timm from key to query
+                # the authors measure positions from query to key, timm from key to query
                 k, v = k.replace('.attn.rb', '.attn.relative_position_bias_table'), v.flip(1).t()
         renamed[k] = v
     return renamed
@@ -132,7 +135,7 @@ def _check(state_dict: dict[str, Tensor], model: nn.Module, layer: AttnLayer = E
 
 
 def _fit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Resizes position biases of another window, as in timm's Swin."""
+    """Resizes position biases of another window size, as timm's Swin does."""
     own = model.state_dict()
     for k, v in state_dict.items():
         if k.endswith('.relative_position_bias_table') and k in own:

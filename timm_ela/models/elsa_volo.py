@@ -1,14 +1,15 @@
-"""ELSA-VOLO: VOLO whose Outlookers, the blocks of its first stage, have ELSA in place of outlook attention.
+"""ELSA-VOLO: a VOLO whose Outlookers, the blocks of the first stage, have ELSA in place of outlook attention.
 
 `ELSA: Enhanced Local Self-Attention for Vision Transformer` - https://arxiv.org/abs/2112.12786
 `VOLO: Vision Outlooker for Visual Recognition` - https://arxiv.org/abs/2106.13112
 
-These models are a reading of the paper and not the authors' models, of which they released no code, configuration or
-weights: it rests on the abstract, which names D1 to D5 and calls ELSA a drop-in without architecture modification, and
-on the authors' ELSABlock, whose signature and defaults are those of VOLO's Outlooker (mlp_ratio 3, no qkv bias).
+These models are a reading of the paper and not the authors' models: they released no code, configuration or weights of
+an ELSA-VOLO. The reading rests on the abstract, which names D1 to D5 and calls ELSA a drop-in without architecture
+modification, and on the authors' ELSABlock, which has the signature and the defaults of VOLO's Outlooker (mlp_ratio 3,
+no qkv bias).
 
-Heads, widths and MLPs stay VOLO's. ELSA is as its authors' class and block have it by default: kernel 5, lam and gamma
-1, groups of 8 channels, scale 1.
+Heads, widths and MLPs are VOLO's. ELSA has the defaults of the authors' class and block: kernel 5, lam and gamma 1,
+groups of 8 channels, scale 1.
 """
 from functools import partial
 from typing import Any
@@ -20,7 +21,8 @@ from ..layers.attn_layers import ELSA_VOLO
 from .elsa_parts import check_weights, elsa_in_place_of
 from .registry import Family, Model, make_default_cfgs, register_models
 
-__all__: list[str] = []  # register_model adds each entry point
+# register_model adds each entry point
+__all__: list[str] = []
 
 
 def build_elsa_volo(

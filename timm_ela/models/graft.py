@@ -1,10 +1,11 @@
-"""Grafting: plain weights -> a model with attention that computes the same, and trains as the plain model does.
+"""Grafting: loads the weights of a plain model (one without attention) into the same model with attention.
 
-At its neutral point (see attn_layers.py) a layer multiplies its input by exactly 1 / factor. A batch norm beside it
-makes up for that. For the gates of ELA the point is sigmoid(0) = 1/2, where the sigmoid's slope is greatest.
+The grafted model computes what the plain model does, and trains as it does. Each attention layer starts at its neutral
+point, where it multiplies its input by exactly 1 / factor, and a batch norm beside it makes up for that. The neutral
+gates of ELA are sigmoid(0) = 1/2, where the sigmoid's slope is greatest.
 
-No convolution is scaled. A weight before a batch norm that is f times as large computes the same, but takes steps that
-are relatively f times smaller under Adam, and f squared times under SGD.
+Grafting scales no convolution. If a weight before a batch norm is f times as large, the model computes the same, but
+the weight's steps, relative to its size, are f times smaller under Adam, and f squared times smaller under SGD.
 """
 import logging
 from collections.abc import Mapping
@@ -21,11 +22,17 @@ _logger = logging.getLogger(__name__)
 
 
 class Slot(NamedTuple):
-    """The norms and the activation around a block's attention layer, by their names in the block."""
+    """The norms and the activation around a block's attention layer, by their names in the block.
 
-    before: str  # norm whose output the layer gates
-    act: str = ''  # activation between that norm and the layer
-    behind: str = ''  # batch norm behind the convolution that follows the layer
+    Attributes:
+        before: Norm before the layer.
+        act: Activation between that norm and the layer.
+        behind: Batch norm after the convolution that follows the layer.
+    """
+
+    before: str
+    act: str = ''
+    behind: str = ''
 
 
 def graft(
@@ -34,7 +41,7 @@ def graft(
         layer: AttnLayer,
         slots: Mapping[type[nn.Module], Slot],
 ) -> dict[str, Tensor]:
-    """Completes a plain model's state dict with attention weights that change nothing.
+    """Grafts: completes a plain model's state dict with attention weights that change nothing.
 
     Args:
         state_dict: Weights of the plain model, or of the model itself, in timm's names.
@@ -43,12 +50,12 @@ def graft(
         slots: Slot of the layer by the class of the block that holds it. The first class that fits a block counts.
 
     Returns:
-        State dict of the model. One that has all attention weights already is returned as it is.
+        State dict of the model. One that already has all attention weights is returned unchanged.
 
     Raises:
-        RuntimeError: If some of the attention weights are missing; if all are and the layer has no neutral point, a
-            block holds another layer, or a norm that must take the factor cannot; or if the weights are those of
-            another architecture, also with timm's `pretrained_strict=False`.
+        RuntimeError: If only some of the attention weights are missing; if the weights are those of another
+            architecture, even with timm's `pretrained_strict=False`; or if they cannot be grafted, because the layer
+            has no neutral point, a block holds another layer, or a norm cannot take the factor.
     """
     arch = model.pretrained_cfg.get('architecture', type(model).__name__)
     classes: Any = tuple(slots)
@@ -88,16 +95,17 @@ def graft(
                 f'1/{layer.neutral.factor} where {" and ".join(layer.neutral.zeroed)} are zero, as {layer.title} does.')
         grafted |= {f'{name}se.{k}': v for k, v in neutral.items()}
     _logger.warning(
-        f'Grafted plain weights onto {arch}: it computes what the plain model does, its attention is untrained.')
+        f'Grafted plain weights onto {arch}: it computes what the plain model does until its attention is trained.')
     return grafted
 
 
 def _is_neutral(attn: nn.Module, state: Mapping[str, Tensor], like: Tensor, factor: int) -> bool:
-    """True if the layer, with these weights, divides a map by the factor, to the bit: a user may have replaced it."""
+    """True if the layer, with these weights, divides a map by exactly the factor. A user may have replaced it."""
     if like.is_meta:
         return True
     x = torch.rand(2, len(like), 3, 5, dtype=like.dtype, device=like.device)
-    weights = {k: v.clone() for k, v in state.items()}  # a batch norm in training updates its statistics
+    # copies, since a batch norm in training mode updates its statistics
+    weights = {k: v.clone() for k, v in state.items()}
     with torch.no_grad():
         return torch.equal(functional_call(attn, weights, (x.clone(),)) * factor, x)
 
@@ -109,18 +117,18 @@ def _scaled(
         slot: Slot,
         factor: int,
 ) -> dict[str, Tensor]:
-    """The weights of a block's norm that make up for a layer that multiplies by 1 / factor."""
+    """Returns weights of a block's norm that make up for a layer that multiplies by 1 / factor."""
     if not slot.behind or isinstance(block.get_submodule(slot.act), nn.ReLU):
-        # ReLU passes a power of two on: equal to the bit
+        # ReLU(f * x) is f * ReLU(x), and a power of two does not round: the result is equal to the bit
         return {k: state_dict[k] * factor for k in (f'{name}{slot.before}.weight', f'{name}{slot.before}.bias')}
     norm, eps = f'{name}{slot.behind}', block.get_submodule(slot.behind).eps
-    # small variances of float16 would lose bits
+    # in float16, small variances would lose bits
     mean, var, weight = (
         v.to(torch.promote_types(v.dtype, torch.float32))
         for v in (state_dict[f'{norm}.{k}'] for k in ('running_mean', 'running_var', 'weight')))
     return {
         f'{norm}.running_mean': mean / factor,
         f'{norm}.running_var': var / factor ** 2,
-        # 1 but for eps: in training the batch's own statistics undo the factor
+        # the ratio is 1 up to eps: in training, the batch's own statistics undo the factor
         f'{norm}.weight': weight * ((var + eps * factor ** 2) / (var + eps)).sqrt(),
     }

@@ -1,4 +1,4 @@
-"""The table of our models, a row each, and their place in timm's registry."""
+"""The table of our models, one row each, and their registration with timm."""
 import csv
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -21,29 +21,36 @@ from torch import Tensor, nn
 from ..layers.attn_layers import ATTN_LAYERS, AttnLayer
 from .weights import unwrap
 
-GRAFT = 'graft_'  # prefix of the tags whose weights are a plain model's
-# Fields of a cfg that tell of its weights, not of the model.
+# prefix of the tags whose weights are those of a plain model, grafted (see graft.py)
+GRAFT = 'graft_'
+# fields of a cfg that describe its weights, not the model
 WEIGHTS_INFO = ('license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
 
 class Family(NamedTuple):
-    """What models that are built in the same way share."""
+    """What models that are built in the same way share.
 
-    create: Callable[..., nn.Module]  # create(model, pretrained, **kwargs); timm looks for default_cfgs in its module
-    complete: Callable[[dict[str, Tensor], nn.Module, AttnLayer], dict[str, Tensor]]  # grafts weights, or checks them
-    rename: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] = lambda weights, model: weights  # as timm's
+    Attributes:
+        create: create(model, pretrained, **kwargs) builds a model. timm looks for `default_cfgs` in its module.
+        complete: Grafts weights, or checks them.
+        rename: Gives weights of other layouts timm's names.
+    """
+
+    create: Callable[..., nn.Module]
+    complete: Callable[[dict[str, Tensor], nn.Module, AttnLayer], dict[str, Tensor]]
+    rename: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] = lambda weights, model: weights
 
 
 class Model(NamedTuple):
-    """One model of ours."""
+    """One model of ours: `base` is the name of the plain timm model."""
 
     name: str
-    base: str  # the plain timm model
+    base: str
     layer: AttnLayer
     family: Family
 
     def rename_state_dict(self, state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-        """The weights of a checkpoint under timm's names; see `unwrap` for what may be around them."""
+        """Returns the weights of a checkpoint, which `unwrap` takes out of it, under timm's names."""
         return self.family.rename(unwrap(state_dict), model)
 
     def checkpoint_filter_fn(self, state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -52,27 +59,33 @@ class Model(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Costs of a model at 224 x 224 pixels with 1000 classes."""
+    """Costs of a model at 224 x 224 pixels with 1000 classes.
+
+    Attributes:
+        params: Parameters.
+        macs: Multiply-adds of convolutions and matrix products, by torch's FlopCounterMode.
+    """
 
     params: int
-    macs: int  # multiply-adds of convolutions and matrix products, by torch's FlopCounterMode
+    macs: int
 
 
 MODELS: dict[str, Model] = {}
 
 
 def slot_models(bases: Iterable[str], family: Family) -> list[Model]:
-    """A model for each plain timm model and each of ATTN_LAYERS. Width 1.0 of MobileNetV2 is not named."""
+    """Returns a model for each plain timm model and each of ATTN_LAYERS. MobileNetV2 1.0 has no width in its name."""
     return [
         Model(f'{base.removesuffix("_100")}_{layer.suffix}', base, layer, family)
         for base in bases for layer in ATTN_LAYERS.values()]
 
 
 def make_default_cfgs(models: Iterable[Model]) -> dict[str, DefaultCfg]:
-    """Pretrained cfgs of models, as timm reads them in a module's `default_cfgs`.
+    """Returns the pretrained cfgs of models, as timm reads them in a module's `default_cfgs`.
 
-    A layer with a neutral point has one tag `graft_<tag>` for each tag that timm serves from the Hub for the plain
-    model, the plain model's default first, with the same settings. Another has the plain model's settings and no tag.
+    If the layer has a neutral point, the model gets a tag `graft_<tag>` with the same settings for each tag of the
+    plain model that timm serves from the Hub, the default first. Otherwise it gets the plain model's settings and no
+    tag.
     """
     cfgs: dict[str, Any] = {}
     for model in models:
@@ -113,7 +126,7 @@ def _entrypoint(model: Model) -> Callable[..., nn.Module]:
 
 
 def register_base_names(module: str, models: Iterable[Model]) -> None:
-    """Makes `<timm base>_<layer>` another name of a model where the two differ, which timm does not list.
+    """Registers `<timm base>_<layer>` as another name of each model that has a shorter name. timm does not list it.
 
     Args:
         module: `__name__` of the family's module.
@@ -121,19 +134,20 @@ def register_base_names(module: str, models: Iterable[Model]) -> None:
     """
     names = {f'{model.base}_{model.layer.suffix}': model.name for model in models}
     names = {k: v for k, v in names.items() if k != v}
-    register_model_deprecations(module, names)  # timm's only names that it does not list; ours are not deprecated
+    # deprecated names are the only ones that timm does not list; ours are not deprecated, so they must not warn
+    register_model_deprecations(module, names)
     warnings.filterwarnings('ignore', f'Mapping deprecated model name ({"|".join(names)}) to current ')
 
 
 @cache
 def read_counts() -> dict[str, Counts]:
-    """The costs of our models and of their plain ones, which `make cards` measures."""
+    """Returns the costs of our models and of the plain ones, which `make cards` measures."""
     with files(__package__).joinpath('counts.csv').open(encoding='utf-8') as file:
         return {row['name']: Counts(int(row['params']), int(row['macs'])) for row in csv.DictReader(file)}
 
 
 def graft_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
-    """Completes a plain model's state dict with attention weights that change nothing, as loading it does.
+    """Grafts as `pretrained=True` does: completes a plain model's state dict with attention that changes nothing.
 
     Args:
         state_dict: Weights of the plain timm model, of the model itself, or of its authors' model.
@@ -143,6 +157,6 @@ def graft_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
         State dict of the model.
 
     Raises:
-        RuntimeError: If the weights are those of another architecture, or hold a part of the attention's.
+        RuntimeError: If the weights are those of another architecture, or only some attention weights are there.
     """
     return MODELS[model.pretrained_cfg['architecture']].checkpoint_filter_fn(state_dict, model)

@@ -1,4 +1,4 @@
-"""What tells the weights of a checkpoint from those of a model."""
+"""Reads the weights in a checkpoint, and compares them with a model's."""
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 def unwrap(state_dict: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights of a checkpoint, which may stand under 'state_dict' or 'model', and begin with 'module.' or 'model.'.
+    """Returns a checkpoint's weights, from under 'state_dict' or 'model' if they are there, without a prefix 'module.'.
 
-    The latter is Lightning's, and is taken off where all names have it.
+    Lightning's prefix 'model.' is removed too, if all names have it.
     """
     for wrapper in ('state_dict', 'model'):
         state_dict = state_dict.get(wrapper, state_dict)
@@ -25,20 +25,21 @@ def difference(
         without: Iterable[str] = (),
         adapted: bool = False,
 ) -> str:
-    """Says in what a checkpoint differs from a model: in keys or shapes, the first of each. Empty if in nothing.
+    """Says how the keys or shapes of a checkpoint differ from a model's, with the first of each. Empty if they agree.
 
-    timm's loader is not strict when num_classes differs, and would leave what is missing at random.
+    timm's loader is not strict when num_classes differs, and would leave missing weights at random values.
 
     Args:
         state_dict: Weights in timm's names.
         model: The model.
         without: Keys of the model that the checkpoint need not have.
-        adapted: Whether timm fits the weights to the model: the first convolution to its input channels, the head to
-            its classes. A head may then be missing, since timm is strict where it does not make a new one.
+        adapted: Whether timm adapts the weights to the model: the first convolution to the input channels, the head to
+            the classes. The head may then be missing: timm reports that itself unless it makes a new head.
     """
     cfg: Mapping[str, Any] = model.pretrained_cfg if adapted else {}
     stem, heads = f'{cfg.get("first_conv")}.weight', cfg.get('classifier') or ()
-    heads = (heads,) if isinstance(heads, str) else heads  # VOLO has two
+    # VOLO has two
+    heads = (heads,) if isinstance(heads, str) else heads
 
     def is_head(key: str) -> bool:
         return key.rpartition('.')[0] in heads
@@ -46,7 +47,8 @@ def difference(
     without = set(without)
     own = {k: v for k, v in model.state_dict().items() if k not in without}
     parts = {name for name, _ in model.named_children()}
-    headless = heads and not any(head.partition('.')[0] in parts for head in heads)  # features_only of EfficientNet
+    # an EfficientNet with features_only has no head
+    headless = heads and not any(head.partition('.')[0] in parts for head in heads)
     # Checkpoints of old versions of PyTorch have no num_batches_tracked, and batch norm fills it in.
     missing = [k for k in own if not (k in state_dict or is_head(k) or k.endswith('num_batches_tracked'))]
     unexpected = [
@@ -57,7 +59,7 @@ def difference(
     if differing:
         prefixes = (k.removesuffix(missing[0]) for k in state_dict if missing and k.endswith(f'.{missing[0]}'))
         prefix = next((prefix for prefix in prefixes if all(f'{prefix}{k}' in state_dict for k in missing)), '')
-        hint = f' (all that it lacks stands under the prefix {prefix!r}: take that off)' if prefix else ''
+        hint = f' (the missing weights are under the prefix {prefix!r}: remove it)' if prefix else ''
         return f'the checkpoint {", and ".join(differing)}{hint}'
     for k in filter(state_dict.__contains__, own):
         found, wanted = list(state_dict[k].shape), list(own[k].shape)
