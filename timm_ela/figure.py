@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_GRAFT = 0.25  # every gate of an untrained graft
-_MOVED = 0.01  # least change of a gate that is not called untrained
-_GATES, _CAM = 'viridis', 'inferno'  # their lightness rises evenly, so they work in grey and for the colour-blind
-_BINS = 100  # of a histogram
-# In inches: a cell, in it the map with a strip at its left and lower edge, and what is above and below.
+# every gate of a graft: a plain model's weights with untrained attention, see models/graft.py
+_GRAFT = 0.25
+# gates that have moved less are said to have hardly moved
+_MOVED = 0.01
+# the lightness of these colour maps rises evenly, so they work in grey and for the colour-blind
+_GATES, _CAM = 'viridis', 'inferno'
+_BINS = 100
+# in inches: a cell, the map in it, the strips at the map's left and lower edge, and the space above and below
 _CELL, _MAP, _LEFT, _STRIP, _GAP = 2.25, 1.7, 0.47, 0.28, 0.04
 _HEADER, _TITLE, _BELOW, _LINE, _END = 0.48, 0.4, 0.6, 0.155, 0.12
 
@@ -103,7 +106,7 @@ def _draw_gate(gate: Gate, limit: float, figure: 'Figure', box: _Box) -> None:
     ax = box.axes(figure, f'stage {gate.stage}: {gate.of}\n{values}', frame=False)
     ax.imshow(gate.map, cmap=_GATES, vmin=0, vmax=limit, aspect='auto', extent=(0, width, height, 0))
 
-    # both strips have one scale, in tenths, and are filled from an untrained graft's 0.5
+    # both strips share a scale, in tenths, and are filled from 0.5, where the gates of an untrained graft are
     strips = [0.5, *gate.a_h, *gate.a_w]
     low, high = np.floor(10 * min(strips)) / 10, np.ceil(10 * max(strips)) / 10
     low, high = (0.4, 0.6) if low == high else (low, high)
@@ -125,7 +128,7 @@ def _draw_gate(gate: Gate, limit: float, figure: 'Figure', box: _Box) -> None:
     a_w.set(xlim=(0, width), ylim=(low, high), xticks=[])
     a_w.set_xlabel('columns, $a_w$', fontsize=7, labelpad=2)
     a_w.set_yticks(**ticks)
-    # inside the strips' lengths, where no other text is
+    # keep the labels inside the strips' lengths, where there is no other text
     for label, side in zip(a_h.get_xticklabels(), ('left', 'right'), strict=True):
         label.set_ha(side)
     for label, side in zip(a_w.get_yticklabels(), ('bottom', 'top'), strict=True):
@@ -151,7 +154,7 @@ def _draw_all_gates(gates: Sequence[Gate], limit: float, figure: 'Figure', box: 
 
 
 def draw(seen: Sequence[Observation], titles: Sequence[str], columns: int = 4) -> 'Figure':
-    """Draws observations one below the other. Their gates have one scale: from 0 to the greatest, at least to 0.5.
+    """Draws observations one below the other. All gates share a scale, from 0 to the greatest gate or to 0.5.
 
     Args:
         seen: What `observe` returned.
@@ -178,7 +181,8 @@ def draw(seen: Sequence[Observation], titles: Sequence[str], columns: int = 4) -
         classes, below = partial(_draw_classes, one), _BELOW
         top += _HEADER + _TITLE
         if columns > 2 and not one.gates:
-            panels.append(classes)  # in the place of the gates
+            # in place of the gates
+            panels.append(classes)
         elif one.classes:
             placed.append((classes, _Box(_LEFT, top + height + _GAP, _MAP, _LINE * len(one.classes))))
             below = max(_BELOW, _LINE * len(one.classes) + 0.1)
@@ -193,7 +197,8 @@ def draw(seen: Sequence[Observation], titles: Sequence[str], columns: int = 4) -
     figure = figure_class()(figsize=(columns * _CELL, top))
     for one, title, header in zip(seen, titles, headers, strict=True):
         at = {'x': 0.1 / (columns * _CELL), 'va': 'top', 'parse_math': False}
-        title = title if len(title) <= 25 * columns else f'…{title[1 - 25 * columns:]}'  # a path's end says most
+        # the end of a path says most
+        title = title if len(title) <= 25 * columns else f'…{title[1 - 25 * columns:]}'
         figure.text(y=1 - (header + 0.08) / top, s=title, fontsize=10, weight='bold', **at)
         figure.text(y=1 - (header + 0.26) / top, s=in_words(one.gates), fontsize=8, **at)
     for draw_panel, box in placed:

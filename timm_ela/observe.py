@@ -16,16 +16,23 @@ from torch.nn import functional as F
 from .layers.ela import EfficientLocalAttention
 
 _Reader = Callable[[Tensor], Tensor]
-_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # of a picture, by the model's channels
+# channels of a model -> mode of a picture
+_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
 
 class Gate(NamedTuple):
-    """The gate of a stage: of one channel or the mean of all, and the values of all."""
+    """The gate of a stage: of one channel or the mean of all, and the values of all.
+
+    Attributes:
+        of: What is shown: 'channel 3 of 64', or 'mean of 64 channels'.
+        varies_most: Whether the channel was chosen because its gate varies most over the picture.
+        map: a_h * a_w.
+    """
 
     stage: int
-    of: str  # 'channel 3 of 64', or 'mean of 64 channels'
-    varies_most: bool  # the channel was chosen since its gate varies most over the picture
-    map: np.ndarray  # (H, W), a_h * a_w
+    of: str
+    varies_most: bool
+    map: np.ndarray  # (H, W)
     a_h: np.ndarray  # (H,)
     a_w: np.ndarray  # (W,)
     all: np.ndarray  # (C, H, W)
@@ -35,12 +42,13 @@ class Observation(NamedTuple):
     """What a model made of a picture.
 
     It has no classes without a classifier, no gates without ELA, and no CAM without a feature map before a classifier.
+    Values of `picture` and `cam` are in [0, 1]. `classes` are probabilities and names, the most probable first.
     """
 
     model: str
-    picture: np.ndarray  # (H, W, 1 or 3), in [0, 1]
-    classes: list[tuple[float, str]]  # probability and name, the most probable first
-    cam: np.ndarray | None  # (H, W), in [0, 1]
+    picture: np.ndarray  # (H, W, 1 or 3)
+    classes: list[tuple[float, str]]
+    cam: np.ndarray | None  # (H, W)
     cam_class: str
     gates: list[Gate]
 
@@ -49,7 +57,7 @@ def open_image(image: str | Path | Image.Image) -> Image.Image:
     """Opens an image file and decodes it.
 
     Raises:
-        ValueError: If that fails; it names the file.
+        ValueError: If that fails. The error names the file.
     """
     if isinstance(image, Image.Image):
         return image
@@ -57,7 +65,8 @@ def open_image(image: str | Path | Image.Image) -> Image.Image:
         with Image.open(image) as opened:
             opened.load()
             return opened
-    except Exception as error:  # a broken file makes Pillow raise one of many types, often without naming the file
+    except Exception as error:
+        # a broken file makes Pillow raise one of many types, often without naming the file
         raise ValueError(f'Cannot read the image {str(image)!r}: {error}') from error
 
 
@@ -78,7 +87,8 @@ def observe(
     cfg = getattr(model, 'pretrained_cfg', {})
     name = cfg.get('architecture', type(model).__name__)
     ela = _ela_modules(model, name, stages)
-    classes = getattr(model, 'num_classes', 0)  # none in a model that gives features
+    # a model that returns features has no num_classes
+    classes = getattr(model, 'num_classes', 0)
     if not ela and not classes:
         raise ValueError(f'{name} has neither classes nor ELA: there is nothing to plot.')
     if class_index is not None and not 0 <= class_index < classes:
@@ -103,7 +113,7 @@ def observe(
 
 
 def _prepare(image: Image.Image, model: nn.Module, name: str) -> tuple[Tensor, np.ndarray]:
-    """The model's input (C, H, W), and the picture (H, W, 1 or 3) in it."""
+    """Returns the model's input (C, H, W), and the picture (H, W, 1 or 3) that it shows."""
     channels, config = getattr(model, 'in_chans', 3), resolve_model_data_config(model)
     if channels not in _MODES:
         raise ValueError(f'{name} takes {channels} channels; plot reads pictures of 1 (grey), 3 (RGB) or 4 (RGBA).')
@@ -118,14 +128,15 @@ def _class_names(count: int, cfg: dict[str, Any], given: Sequence[str] | None) -
         raise ValueError(f'The model has {count} classes, but {len(given)} class names were given.')
     names = given or cfg.get('label_names') or ()
     names = [names[k] for k in sorted(names, key=int)] if isinstance(names, dict) else list(names)
-    if len(names) != count:  # a checkpoint's names are not those of a head put on since
+    # the names in the cfg are those of the checkpoint: the model may have another head by now
+    if len(names) != count:
         return ImageNetInfo().label_descriptions() if count == 1000 else [f'class {i}' for i in range(count)]
     descriptions = {} if given else cfg.get('label_descriptions') or {}
     return [descriptions.get(name, name) for name in names]
 
 
 def _ela_modules(model: nn.Module, name: str, wanted: Sequence[int] | None) -> dict[int, EfficientLocalAttention]:
-    """The last ELA module of each stage, or of those wanted; none of a model without ELA.
+    """Returns the last ELA module of each stage, or of each wanted stage; nothing for a model without ELA.
 
     Stage i ends at entry i of timm's `feature_info`.
     """
@@ -145,7 +156,7 @@ def _forward(
         ela: Iterable[nn.Module],
         with_maps: bool,
 ) -> tuple[Any, dict[nn.Module, tuple[np.ndarray, np.ndarray]], list[tuple[Tensor, _Reader]]]:
-    """The model's output for x (C, H, W) in eval mode, the gates of its ELA modules, and the features that are maps."""
+    """Returns the model's output for x (C, H, W) in eval mode, the gates of the ELA modules, and the feature maps."""
     gates, maps = {}, []
 
     def keep_gates(module: EfficientLocalAttention, args: tuple) -> None:
@@ -172,7 +183,7 @@ def _forward(
 
 
 def _choose(stage: int, a_h: np.ndarray, a_w: np.ndarray, channel: int | None, mean: bool) -> Gate:
-    """Makes a stage's gate of a_h (C, H) and a_w (C, W): of the channel given, else of that which varies most."""
+    """Makes a stage's gate from a_h (C, H) and a_w (C, W), for the given channel or the one that varies most."""
     both = np.einsum('ch,cw->chw', a_h, a_w)
     if mean:
         return Gate(stage, f'mean of {len(both)} channels', False, both.mean(0), a_h.mean(0), a_w.mean(0), both)
@@ -184,7 +195,7 @@ def _choose(stage: int, a_h: np.ndarray, a_w: np.ndarray, channel: int | None, m
 
 
 def _reader(feature: Tensor, info: dict[str, Any], size: Sequence[int]) -> _Reader | None:
-    """How a feature of timm is read as a map (C, h, w): NCHW, NHWC, or tokens behind a prefix; None of others."""
+    """Returns what reads a timm feature (NCHW, NHWC, or tokens after a prefix) as a map (C, h, w). None for others."""
     channels, grid = info['num_chs'], [-(-length // info['reduction']) for length in size]
     if feature.ndim == 4 and feature.shape[1] == channels:
         return lambda x: x[0]
@@ -196,9 +207,9 @@ def _reader(feature: Tensor, info: dict[str, Any], size: Sequence[int]) -> _Read
 
 
 def grad_cam(score: Tensor, maps: Sequence[tuple[Tensor, _Reader]], size: Sequence[int]) -> np.ndarray:
-    """Grad-CAM (H, W) in [0, 1] of a class's score, at the last feature map: the one before pooling.
+    """Computes Grad-CAM (H, W) in [0, 1] of a class's score, at the last feature map, the one before pooling.
 
-    If a class token is what is pooled, the last map has no gradient, and the one before it is taken.
+    If the head takes a class token only, the last map has no gradient, and the map before it is used.
 
     Source: `Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization` -
     https://arxiv.org/abs/1610.02391

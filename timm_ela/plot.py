@@ -33,14 +33,15 @@ def plot_attention(
 
     The picture is what timm's evaluation transform makes of the image: grey, RGB or RGBA, as the model takes it.
     Grad-CAM shows which places speak for a class, at the last feature map that timm's `feature_info` names. One panel
-    per stage shows the gate a_h * a_w of the stage's last ELA module as a map, and a_h and a_w along its edges: of the
-    channel whose gate varies most over the picture. All maps have one scale, which starts at 0. The last panel is the
-    distribution of the gates of all channels; those of an untrained graft are 0.25. The model is left as it was.
+    per stage shows the gate a_h * a_w of the stage's last ELA module as a map, with a_h and a_w along its edges. It is
+    that of the channel whose gate varies most over the picture. All maps share a scale, which starts at 0. The last
+    panel is the distribution of the gates of all channels: all are 0.25 in an untrained graft, which has a plain
+    model's weights and an ELA that changes nothing. The model is left as it was.
 
     Args:
         image: Path of an image file, or a PIL image.
         model: timm model, with ELA modules or without; or several, drawn one below the other.
-        stages: Stages as timm counts features, from 0; by default all that have ELA.
+        stages: Stages to show, counted from 0 as timm's features; by default all with ELA.
         topk: Number of classes to show.
         class_names: One name per class; by default the checkpoint's, or ImageNet's for 1000 classes.
         channel: Channel to show in every stage, from 0; by default the one that varies most.
@@ -53,8 +54,8 @@ def plot_attention(
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        ValueError: If the image cannot be read, or has no form with the model's channels; if the model has neither
-            classes nor ELA, neither ELA nor a feature map that Grad-CAM can read, or not the stage, channel or class;
+        ValueError: If the image cannot be read, or not be converted to the model's channels; if the model has neither
+            classes nor ELA, neither ELA nor a feature map that Grad-CAM can read, or lacks the stage, channel or class;
             or if class_names has the wrong length.
     """
     figure_class()
@@ -70,13 +71,13 @@ def plot_file(
         pretrained: bool = True,
         **kwargs: Any,
 ) -> None:
-    """Writes what `plot_attention` draws for models by name. Nothing is written unless everything worked.
+    """Writes what `plot_attention` draws for models by name. If anything fails, it writes nothing.
 
     Args:
         image: Path of an image file.
-        models: Model that timm knows, or a source: 'hf-hub:owner/name', 'local-dir:folder'; or several.
-        output: File to write; its suffix says the format.
-        pretrained: Load pretrained weights; a source's are loaded in any case.
+        models: One or several: names of timm models, or sources, 'hf-hub:owner/name' or 'local-dir:folder'.
+        output: File to write; its suffix is the format.
+        pretrained: Load pretrained weights. Those of a source are loaded in any case.
         **kwargs: Options of `plot_attention`.
 
     Raises:
@@ -86,8 +87,9 @@ def plot_file(
         ValueError: As in `plot_attention`, if the output's suffix is not an image format, or if a model is a folder.
     """
     models, output = [models] if isinstance(models, str) else models, Path(output)
+    # check all of the arguments before the models, which may be downloaded
     kind, kinds = output.suffix[1:].lower() or 'png', figure_class()().canvas.get_supported_filetypes()
-    if kind not in kinds:  # this and what follows: before a download
+    if kind not in kinds:
         raise ValueError(f'{str(output)!r}: format {kind!r} is not supported, only {", ".join(sorted(kinds))}.')
     if not output.parent.is_dir():
         raise FileNotFoundError(f'There is no folder {output.parent} to write {output.name} into.')
@@ -104,7 +106,7 @@ def plot_file(
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Writes a file as a whole, so that a full disk keeps the older one; a pipe or a device as it is."""
+    """Replaces a file only when the new one is complete, since the disk may be full. Writes into a pipe or device."""
     if path.exists() and not path.is_file():
         path.write_bytes(data)
     else:

@@ -1,4 +1,4 @@
-"""Model cards of what a user trained or converted. Those of the backbones: weights_cards/make_cards.py."""
+"""Model cards of what a user trained or converted. weights_cards/make_cards.py writes those of the backbones."""
 import platform
 import shlex
 from contextlib import suppress
@@ -15,7 +15,8 @@ from .. import __version__
 from ..models.registry import MODELS, Model
 from .train_run import FILE_ARGS, TrainRun, published_args
 
-PLACEHOLDER = 'hf-hub:OWNER/NAME'  # of a card's repository, until a push knows it
+# a card's repository until the model is pushed
+PLACEHOLDER = 'hf-hub:OWNER/NAME'
 
 CARD = """\
 ---
@@ -85,7 +86,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 
 def needs() -> str:
-    """Says what loads a card's model, and how to install it if the package's metadata has an address."""
+    """Says which package a card's model needs, and how to install it if the package's metadata has an address."""
     text = f'needs the Python package timm_ela ({__version__})'
     with suppress(PackageNotFoundError):
         addresses = dict(url.split(', ') for url in metadata('timm-ela').get_all('Project-URL', []))
@@ -94,7 +95,7 @@ def needs() -> str:
 
 
 def card_data(tag: str | None = None, **kwargs: Any) -> ModelCardData:
-    """Returns the front matter that all cards share, with the layer's tag and what else is given."""
+    """Returns a card's front matter: the fields that all cards share, the layer's tag, and the given fields."""
     tags = ['timm', 'image-classification', *([tag] if tag else [])]
     return ModelCardData(library_name='timm', pipeline_tag='image-classification', tags=tags, **kwargs)
 
@@ -117,20 +118,20 @@ def _fill(model: nn.Module, front_matter: dict[str, Any], **fields: Any) -> str:
 
 
 def _options(values: dict[str, Any]) -> str:
-    """Options of a command line, without those that change nothing: the scripts take 3 channels, whatever the model."""
+    """Returns options for timm's scripts, without their defaults: for in_chans that is 3, whatever the model has."""
     return ' '.join(
         f'--{key.replace("_", "-")}' + ('' if value is True else f' {shlex.quote(str(value))}')
         for key, value in values.items() if value not in (None, False, '') and (key, value) != ('in_chans', 3))
 
 
 def train_command(name: str, num_classes: int, in_chans: int) -> str:
-    """Returns the train.py command line that goes on from a model by its name for timm, such as 'local-dir:FOLDER'."""
+    """Returns a train.py command line that starts from a model. `name` is timm's, such as 'local-dir:FOLDER'."""
     return 'train.py --data-dir DATA ' + _options(dict(
         model=name, pretrained=True, num_classes=None if num_classes else 'N', in_chans=in_chans))
 
 
 def run_card(model: nn.Module, run: TrainRun, input_size: tuple[int, int, int], base_model: str | None) -> str:
-    """Returns the card of a model that a run trained from base_model on the Hub, if any, and measured at input_size."""
+    """Returns the card of a model that a run trained and tested at input_size. base_model is its start on the Hub."""
     args, name = published_args(run.args), model.pretrained_cfg['architecture']
     results = [
         EvalResult(
@@ -141,7 +142,7 @@ def run_card(model: nn.Module, run: TrainRun, input_size: tuple[int, int, int], 
     validate = {key: args.get(key) for key in same} | dict(
         amp_dtype=args.get('amp') and args.get('amp_dtype'), num_samples=args.get('val_num_samples'),
         in_chans=input_size[0], split=run.val_split, model=PLACEHOLDER, pretrained=True)
-    # --no-aug switches the transforms off, not mixup and cutmix.
+    # --no-aug switches off the transforms, but not mixup and cutmix
     transforms = () if args.get('no_aug') else ('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob')
     return _fill(
         model, dict(base_model=base_model, model_name=f'{name} on {run.dataset}', eval_results=results or None),
@@ -153,7 +154,7 @@ def run_card(model: nn.Module, run: TrainRun, input_size: tuple[int, int, int], 
 
 
 def converted_card(model: nn.Module, source: str, grafted: bool) -> str:
-    """Returns the card of a checkpoint, by its file's name, that was grafted or renamed. It states no accuracy."""
+    """Returns the card of a checkpoint that was grafted or renamed, without an accuracy. `source` is its file name."""
     base = MODELS[model.pretrained_cfg['architecture']].base
     origin = f'with the weights of `{source}`, ' + (
         f'a checkpoint of plain {base}. Its attention is neutral: it changes nothing until it is trained'

@@ -1,4 +1,4 @@
-"""A run of train.py, or a checkpoint -> a folder of weights, config and card, which timm loads."""
+"""Writes a run of train.py, or a checkpoint, as a folder of weights, config and card that timm loads."""
 import json
 import logging
 import shutil
@@ -20,17 +20,19 @@ from .train_run import TrainRun, errors_name, read_checkpoint, read_class_names,
 
 _logger = logging.getLogger(__name__)
 
-FILES = ('model.safetensors', 'config.json', 'README.md')  # of every folder
-ALL_FILES = (*FILES, 'args.yaml')  # of one that was a run: all that a push uploads
-_UNFINISHED = '.timm-ela-unfinished'  # a folder in out_dir while it is written
+# the files of a checkpoint's folder, and those of a run's: a push uploads nothing else
+FILES = ('model.safetensors', 'config.json', 'README.md')
+ALL_FILES = (*FILES, 'args.yaml')
+# a folder in out_dir while that is written
+_UNFINISHED = '.timm-ela-unfinished'
 
 
 @contextmanager
 def _new_folder(out_dir: Path, sources: Iterable[str | Path | None], force: bool) -> Iterator[Path]:
     """Yields a folder whose files move into out_dir if nothing fails, so that nothing is left half-written.
 
-    It lies in out_dir, which may be a mount point, the current folder, or all that may be written; its name keeps
-    others out of out_dir.
+    The folder is inside out_dir, which may be a mount point, the current folder, or the only writable place. Its fixed
+    name keeps other commands out of out_dir.
     """
     if (out_dir.exists() or out_dir.is_symlink()) and not out_dir.is_dir():
         raise FileExistsError(f'{out_dir} is a file or a broken link: choose a folder.')
@@ -47,21 +49,24 @@ def _new_folder(out_dir: Path, sources: Iterable[str | Path | None], force: bool
             ours = False
             raise FileExistsError(
                 f'{out_dir} is being written by another command; if none is running, delete {unfinished}.') from error
-        _check_free(out_dir, force)  # before the work, and after it
+        # before the work, and after it
+        _check_free(out_dir, force)
         yield unfinished
         _check_free(out_dir, force)
         _move(unfinished, out_dir)
     finally:
         if ours:
             shutil.rmtree(unfinished, ignore_errors=True)
-        with suppress(OSError):  # what is not empty stays
+        # a folder that is not empty stays
+        with suppress(OSError):
             for folder in made:
                 folder.rmdir()
 
 
 def _check_free(out_dir: Path, force: bool) -> None:
-    """Raises FileExistsError if out_dir holds anything, or with force, anything but an export."""
-    found = {path.name for path in out_dir.iterdir()} - {_UNFINISHED, 'lost+found'}  # the latter: of a disk
+    """Raises FileExistsError if out_dir holds anything or, with `force`, anything but an export."""
+    # the root of a disk has a folder lost+found
+    found = {path.name for path in out_dir.iterdir()} - {_UNFINISHED, 'lost+found'}
     others = {name for name in found if name not in ALL_FILES or not (out_dir / name).is_file()}
     if found and not force:
         raise FileExistsError(
@@ -72,7 +77,7 @@ def _check_free(out_dir: Path, force: bool) -> None:
 
 
 def _move(folder: Path, out_dir: Path) -> None:
-    """Moves the files of an export, and those that it replaces back if that is cut off."""
+    """Moves an export's files into out_dir. If that is interrupted, the files that they replace are moved back."""
     moves = [(out_dir / name, folder / f'old-{name}') for name in ALL_FILES if (out_dir / name).exists()]
     moves += [(folder / name, out_dir / name) for name in ALL_FILES if (folder / name).exists()]
     try:
@@ -88,12 +93,13 @@ def _move(folder: Path, out_dir: Path) -> None:
 def check_finite(state_dict: dict[str, Tensor]) -> None:
     """Raises ValueError if a weight is NaN or infinite, with the first key."""
     for k, v in state_dict.items():
-        if not (v.float() if v.element_size() == 1 else v).isfinite().all():  # 8-bit floats cannot be asked
+        # isfinite does not take 8-bit floats
+        if not (v.float() if v.element_size() == 1 else v).isfinite().all():
             raise ValueError(f'The weights are not finite: {k!r} holds NaN or infinity.')
 
 
 def _create_args(args: dict[str, Any]) -> dict[str, Any]:
-    """What train.py passes to create_model for its arguments, as far as it shapes the model."""
+    """Returns what train.py passes to create_model for its arguments, as far as it shapes the model."""
     in_chans = args.get('in_chans') or (args.get('input_size') or [None])[0]
     return dict(
         num_classes=args.get('num_classes'), in_chans=in_chans, global_pool=args.get('gp'), bn_eps=args.get('bn_eps'),
@@ -101,7 +107,7 @@ def _create_args(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _classes_and_channels(state_dict: dict[str, Tensor], name: str) -> dict[str, int]:
-    """The num_classes and in_chans of the weights of one of our models: 0 classes without a classifier."""
+    """Returns num_classes and in_chans of weights of one of our models; 0 classes if there is no classifier."""
     cfg = get_pretrained_cfg(name)
     parts = (part if isinstance(part, str) else part[0] for part in (cfg.first_conv, cfg.classifier))
     stem, head = (state_dict.get(f'{part}.weight') for part in parts)
@@ -112,52 +118,55 @@ def _load(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     if reason := difference(state_dict, model):
         raise RuntimeError(f'The weights are not those of {model.pretrained_cfg["architecture"]}: {reason}.')
     model.load_state_dict(state_dict, strict=False)
-    check_finite(model.state_dict())  # a float64 may be too large for a float32
+    # after loading, since a float64 may be too large for a float32
+    check_finite(model.state_dict())
 
 
 def _describe_weights(cfg: dict[str, Any], license: str | None, keep: bool) -> None:
-    """Leaves in a model's cfg what is true of the weights that it now has; `keep` if they began with the cfg's."""
+    """Removes from a model's cfg what is not true of its new weights. With `keep`, training began with the cfg's."""
     for key in ('label_names', 'label_descriptions', *(() if keep else WEIGHTS_INFO)):
         cfg.pop(key, None)
     cfg['license'] = license or cfg.get('license')
     if not cfg['license']:
-        _logger.warning('The card says "Licence: not stated": --license states one.')
+        _logger.warning('The card says "Licence: not stated": set one with --license.')
 
 
 def _write(folder: Path, model: nn.Module, data_config: dict[str, Any] | None, card: str, **config: Any) -> None:
     save_for_hf(model, folder, model_config=config, safe_serialization=True, data_config=data_config)
-    # timm writes num_classes into model_args too. transformers passes both copies on, and fails.
+    # timm also writes num_classes into model_args, and transformers fails because it passes both
     path = folder / 'config.json'
     written = json.loads(path.read_text())
     written['model_args'].pop('num_classes', None)
     path.write_text(json.dumps(written, indent=2) + '\n')
-    shutil.copymode(path, folder / 'model.safetensors')  # safetensors lets only its owner read it
-    (folder / 'README.md').write_text(card, encoding='utf-8', errors='replace')  # of file names
+    # safetensors makes its file readable by its owner only
+    shutil.copymode(path, folder / 'model.safetensors')
+    # a file name in the card may not be valid UTF-8
+    (folder / 'README.md').write_text(card, encoding='utf-8', errors='replace')
 
 
 def export_run(
         run_dir: str | Path, out_dir: str | Path, *, tag: str | None = None, ema: bool = True,
         class_names: str | Path | None = None, checkpoint: str = 'model_best.pth.tar', license: str | None = None,
         force: bool = False) -> Path:
-    """Makes a run of timm's train.py a folder of model.safetensors, config.json, README.md and args.yaml.
+    """Writes a run of timm's train.py as a folder of model.safetensors, config.json, README.md and args.yaml.
 
-    The weights are those that the metrics in summary.csv were measured on. args.yaml is the run's own without what is
-    local: `train.py --config args.yaml --data-dir DATA` repeats the run.
+    The weights are those that the metrics in summary.csv were measured on. args.yaml holds the run's arguments without
+    local paths: `train.py --config args.yaml --data-dir DATA` repeats the run.
 
     Args:
         run_dir: Folder with args.yaml, summary.csv and the checkpoint.
         out_dir: Folder to write; its files appear only when all are complete.
         tag: The weights' tag; by default the dataset's name.
         ema: False takes the raw weights of a run that kept an average, and gives no accuracy for them.
-        class_names: Text file with one class name a line.
+        class_names: Text file with one class name per line.
         checkpoint: Name of the checkpoint in run_dir.
-        license: Licence of the weights, such as 'apache-2.0'; by default that of the graft that the run began with.
+        license: Licence of the weights, such as 'apache-2.0'; by default that of the weights that the run began with.
         force: Whether to replace the export that out_dir holds.
 
     Raises:
         FileNotFoundError: If run_dir, its args.yaml or the checkpoint does not exist.
-        FileExistsError: If out_dir holds anything but, with force, an export.
-        ValueError: If a file cannot be read or holds what cannot be, such as weights that are not finite.
+        FileExistsError: If out_dir holds anything or, with `force`, anything but an export.
+        ValueError: If a file cannot be read or has invalid content, such as weights that are not finite.
         RuntimeError: If the weights are not those of the run's model.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
@@ -170,13 +179,14 @@ def export_run(
 
         cfg = model.pretrained_cfg
         if cfg['architecture'] not in MODELS:
-            _logger.warning(f'{cfg["architecture"]} is a model of timm, not one of timm_ela: written all the same.')
+            _logger.warning(f'{cfg["architecture"]} is a model of timm, not one of timm_ela: it is written anyway.')
         other_start = run.args.get('pretrained_path') or run.args.get('initial_checkpoint')
-        from_cfg = bool(run.args.get('pretrained') and not other_start)  # the run began with the weights of cfg
+        # whether the run began with the weights that cfg describes
+        from_cfg = bool(run.args.get('pretrained') and not other_start)
         _describe_weights(cfg, license, keep=from_cfg)
         base = (cfg.get('hf_hub_id') or '') if from_cfg else ''
         card = run_card(model, run, data_config['input_size'], base.partition('@')[0] or None)
-        # timm drops the sizes that the plain weights are tested at, since data_config says the run's.
+        # timm drops the plain weights' test sizes, since data_config has the run's
         _write(
             folder, model, data_config, card, label_names=read_class_names(run.args, model.num_classes, class_names),
             pretrained_cfg={'tag': tag or run.dataset.lower().replace(' ', '_')})
@@ -187,15 +197,18 @@ def export_run(
 def convert_checkpoint(
         checkpoint: str | Path, model_name: str, out_dir: str | Path, *, tag: str | None = None, ema: bool = True,
         class_names: str | Path | None = None, license: str | None = None, force: bool = False) -> Path:
-    """Makes a plain model's checkpoint, or its authors', a folder with a complete checkpoint of ours, head included.
+    """Grafts a plain model's checkpoint, or renames an author's, and writes it as a folder that timm loads.
+
+    The result is complete, with the head.
 
     Args:
         checkpoint: A `.pth.tar` of train.py, a `.pth` or a `.safetensors` of the plain timm model, or one in a layout
             that the model's family knows, such as its authors'.
-        model_name: The model of ours that it is for, such as 'resnet50_ela_b'.
+        model_name: The model of ours that will hold the weights, such as 'resnet50_ela_b'.
         ema: Whether to take the averaged weights where the checkpoint has them.
 
-    The rest is as in `export_run`. A checkpoint of the model itself is a RuntimeError, too.
+    The other arguments and the errors are those of `export_run`. A RuntimeError also refuses a checkpoint that is
+    already one of the model.
     """
     checkpoint, out_dir = Path(checkpoint), Path(out_dir)
     arch = get_arch_name(model_name)
@@ -203,9 +216,10 @@ def convert_checkpoint(
         raise ValueError(f'{model_name!r} is not a model of timm_ela: `timm-ela list` shows them.')
     with _new_folder(out_dir, [checkpoint, class_names], force) as folder:
         original, saved = read_checkpoint(checkpoint, ema)
-        # train.py names its weights state_dict, and its args say the input size, mean and std.
+        # train.py saves its weights as state_dict, beside args with the input size, mean and std
         args = vars(saved['args']) if 'state_dict' in saved and isinstance(saved.get('args'), Namespace) else {}
-        with errors_name(checkpoint):  # a skeleton has the names and places of the weights
+        # to rename the weights, their names and order in the model are enough
+        with errors_name(checkpoint):
             skeleton = timm.create_model(model_name, device='meta', **_create_args(args))
         state_dict = MODELS[arch].rename_state_dict(original, skeleton)
         with errors_name(checkpoint):
@@ -220,7 +234,8 @@ def convert_checkpoint(
                 f'{checkpoint} is a checkpoint of {arch} already: load it as it is, or `timm-ela export` its run.')
         _load(model, complete)
 
-        _describe_weights(model.pretrained_cfg, license, keep=False)  # the cfg is the default tag's
+        # the cfg describes the default tag's weights, not these
+        _describe_weights(model.pretrained_cfg, license, keep=False)
         card = converted_card(model, checkpoint.name, grafted)
         _write(
             folder, model, data_config, card, label_names=read_class_names(args, model.num_classes, class_names),

@@ -1,4 +1,4 @@
-"""A folder that publish.py wrote, or a run of train.py -> a repository on the Hugging Face Hub."""
+"""Uploads a folder that publish.py wrote, or a run of train.py, to the Hugging Face Hub."""
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ _AS_BEFORE = 'the repository is as it was before, or complete'
 
 
 def is_run(folder: str | Path) -> bool:
-    """True if a folder is a run of train.py that is not exported."""
+    """True if a folder is the output of train.py, and not an export of it."""
     return Path(folder, 'args.yaml').is_file() and not Path(folder, 'config.json').is_file()
 
 
@@ -30,7 +30,7 @@ def _check_access(repo_id: str) -> None:
 
 
 def _copy(folder: Path, target: Path, repo_id: str) -> None:
-    """Copies what is published, and raises an error unless timm can load it and its card can be read."""
+    """Copies what is published, and raises an error if timm cannot load it or its card cannot be read."""
     for name in FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(f'{folder} has no {name}: push a folder that `timm-ela export` wrote, or a run.')
@@ -46,28 +46,32 @@ def _copy(folder: Path, target: Path, repo_id: str) -> None:
 
 
 def _create_repo(api: HfApi, repo_id: str, private: bool) -> bool:
-    """Creates a repository unless it exists. True if it did not."""
+    """Creates a repository unless it exists. Returns True if it was created."""
+    # with None, the owner's settings decide
     try:
-        api.create_repo(repo_id, private=private or None)  # None leaves it to the owner's settings
+        api.create_repo(repo_id, private=private or None)
         return True
-    except HfHubHTTPError:  # it exists, or the token may write to it and create no other
+    except HfHubHTTPError:
+        # it exists, or the token may write to it but not create others
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         return False
 
 
 def _delete_if_empty(api: HfApi, repo_id: str) -> str:
-    """Deletes a repository, unless a commit arrived whose answer was lost. Says what is left."""
+    """Deletes a repository unless it has a commit, whose answer may have been lost. Says what is left."""
     try:
         if set(api.list_repo_files(repo_id)) <= {'.gitattributes'}:
             api.delete_repo(repo_id)
-    except Exception as error:  # the Hub's errors and its HTTP client's have no common base
+    except Exception as error:
+        # errors of the Hub and of its HTTP client have no common base
         return f'the repository was created and may be empty, since it cannot be deleted ({error})'
     return _AS_BEFORE
 
 
 def push_run(run_dir: str | Path, repo_id: str, *, private: bool = False, **options: Any) -> str:
     """Exports a run of train.py into a temporary folder, with the options of `export_run`, and pushes that folder."""
-    _check_access(repo_id)  # before the export, which takes longer
+    # before the export, which takes longer
+    _check_access(repo_id)
     with TemporaryDirectory() as temporary:
         return push_folder(export_run(run_dir, Path(temporary, 'export'), **options), repo_id, private=private)
 
@@ -77,13 +81,13 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False) -> s
 
     Args:
         repo_id: 'OWNER/NAME' on the Hub; created if it does not exist.
-        private: Whether the repository must be private. If not, a new one is as its owner's settings say.
+        private: Whether the repository must be private. If not, the owner's settings decide for a new one.
 
     Raises:
         FileNotFoundError: If the folder lacks a file.
         ValueError: If repo_id is not OWNER/NAME, or timm could not load the folder.
         PermissionError: If there is no token, or the repository is public and should be private.
-        RuntimeError: If the Hub refuses or breaks off. A repository that was created for the commit is deleted again.
+        RuntimeError: If the Hub refuses the upload or it breaks off. A repository that was created for it is deleted.
     """
     _check_access(repo_id)
     with TemporaryDirectory() as temporary:
@@ -95,11 +99,13 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False) -> s
             if not public:
                 return api.upload_folder(
                     repo_id=repo_id, folder_path=temporary, commit_message='Upload with timm_ela').commit_url
-        except BaseException as error:  # an interruption, or one of the Hub's, its HTTP client's and its Xet store's
+        except BaseException as error:
+            # an interruption, or an error of the Hub, of its HTTP client or of its Xet store
             left = _delete_if_empty(api, repo_id) if created else _AS_BEFORE
             if not isinstance(error, Exception):
                 raise KeyboardInterrupt(left) from error
-            reasons = dict.fromkeys(str(e) for e in (error, error.__cause__) if e)  # the cause may say the same
+            # the cause may have the same text
+            reasons = dict.fromkeys(str(e) for e in (error, error.__cause__) if e)
             reason = ' '.join(' '.join(reasons).split()).rstrip('.')
             raise RuntimeError(
                 f'{repo_id} on {api.endpoint}: {reason}; {left}. Run the same command again: it uploads only what is '

@@ -1,4 +1,4 @@
-"""Reads what timm's train.py leaves: checkpoints, args.yaml, summary.csv, class names. Never runs a pickle."""
+"""Reads what timm's train.py writes: checkpoints, args.yaml, summary.csv, class names. Never runs code from a file."""
 import argparse
 import csv
 import logging
@@ -22,21 +22,22 @@ from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 
-# Arguments that say where a run read and wrote, how it was resumed, and what it logged.
+# arguments that say where a run read and wrote, how it was resumed, and what it logged
 _LOCAL_ARGS = (
     'data', 'data_dir', 'output', 'experiment', 'resume', 'no_resume_opt', 'start_epoch', 'local_rank', 'log_interval',
     'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id')
 FILE_ARGS = ('class_map', 'pretrained_path', 'initial_checkpoint')
-# What stands before a path, as in local-dir:/home/me/model and hfds//home/me/flowers.
+# what may precede a path, as in local-dir:/home/me/model and hfds//home/me/flowers
 _PATH_PREFIX = re.compile(r'local-dir:|\w+/(?=[/\\~.]|\w:)', re.IGNORECASE)
 
 
 @contextmanager
 def errors_name(place: str | Path) -> Iterator[None]:
-    """Puts a file's name before an error that comes of what the file says, and makes it a ValueError of one line."""
+    """Turns an error that a file's content causes into a ValueError of one line that begins with the file's name."""
     try:
         yield
-    except Exception as error:  # timm raises any type for what it does not expect
+    except Exception as error:
+        # timm raises any type for what it does not expect
         raise ValueError(f'{place}: {" ".join(str(error).split())[:300] or type(error).__name__}') from error
 
 
@@ -44,8 +45,8 @@ def read_checkpoint(path: str | Path, ema: bool = True) -> tuple[dict[str, Tenso
     """Reads a `.safetensors`, `.pth` or `.pth.tar` checkpoint onto the CPU, weights only.
 
     Returns:
-        The weights that timm's `load_state_dict` takes, with `ema` the averaged ones where the file has them, and all
-        that the file holds, such as 'epoch' and 'args'.
+        The weights that timm's `load_state_dict` takes (with `ema`, the averaged ones if the file has them), and the
+        whole content of the file, with 'epoch', 'args' and so on.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -55,20 +56,23 @@ def read_checkpoint(path: str | Path, ema: bool = True) -> tuple[dict[str, Tenso
     if not path.is_file():
         raise FileNotFoundError(f'There is no checkpoint {path}.')
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of the pickle protocol
+        # about the pickle protocol
+        warnings.simplefilter('ignore')
         try:
             saved: Any = load_state_dict(str(path)) if path.suffix == '.safetensors' else _load_weights_only(path)
-        except Exception as error:  # a broken file makes torch raise one of many types
-            # torch's own words about code are many, and advise to run it
+        except Exception as error:
+            # A broken file makes torch raise one of many types. About code, torch's message is long and advises to
+            # run it.
             found = re.search(r'GLOBAL ([\w.]+)', str(error))
             reason = f'holds {found[1]}, and code is never run: save the state_dict alone.' if found else (
                 f'is truncated, corrupt or no checkpoint: {str(error).partition(". ")[0]}')
             raise ValueError(f'{path} {reason}') from error
-        with suppress(AttributeError):  # of what is no dict
+        # content that is no dict has no such attributes
+        with suppress(AttributeError):
             state_dict = load_state_dict(str(path), use_ema=ema)
             if state_dict and all(isinstance(value, Tensor) for value in state_dict.values()):
-                # Without the counter of torch's AveragedModel and the batch norms that --split-bn trains beside the
-                # model's own: they are not used to predict, and timm's clean_checkpoint.py drops them as well.
+                # Drop the counter of torch's AveragedModel and the auxiliary batch norms of --split-bn: predictions do
+                # not use them, and timm's clean_checkpoint.py drops them too.
                 return {k: v for k, v in state_dict.items() if k != 'n_averaged' and '.aux_bn.' not in k}, saved
     what = ', '.join(map(repr, list(saved)[:8])) if isinstance(saved, dict) else f'a {type(saved).__name__}'
     raise ValueError(
@@ -78,27 +82,37 @@ def read_checkpoint(path: str | Path, ema: bool = True) -> tuple[dict[str, Tenso
 
 def _load_weights_only(path: Path) -> Any:
     is_zip = zipfile.is_zipfile(path)
-    if is_zip:  # torch.load checks no checksum, and would give other weights than were saved
+    # torch.load checks no checksum, and would return other weights than were saved
+    if is_zip:
         with zipfile.ZipFile(path) as archive:
             if (name := archive.testzip()) is not None:
                 raise ValueError(f'the checksum of its {name} is wrong')
-    with torch.serialization.safe_globals([argparse.Namespace]):  # train.py stores its args
+    # train.py saves its args as a Namespace
+    with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip)
 
 
 @dataclass(frozen=True)
 class TrainRun:
-    """A run of train.py."""
+    """A run of train.py.
 
-    args: dict[str, Any]  # args.yaml
+    Attributes:
+        args: Arguments in args.yaml.
+        state_dict: Weights.
+        averaged: Whether the weights are the run's moving average.
+        epoch: Epoch of the checkpoint, from 0.
+        metrics: Accuracy of the weights in percent, 'top1' and 'top5'; empty if it was not measured.
+    """
+
+    args: dict[str, Any]
     state_dict: dict[str, Tensor]
-    averaged: bool  # True if the weights are the run's moving average
-    epoch: int | None  # of the checkpoint, from 0
-    metrics: dict[str, float]  # accuracy of these weights in percent, 'top1' and 'top5'; empty if it was not measured
+    averaged: bool
+    epoch: int | None
+    metrics: dict[str, float]
 
     @classmethod
     def read(cls, run_dir: Path, checkpoint: str = 'model_best.pth.tar', ema: bool = True) -> 'TrainRun':
-        """Reads args.yaml, summary.csv and a checkpoint: with `ema`, the average if the metrics are those of one.
+        """Reads args.yaml, summary.csv and a checkpoint: with `ema`, the averaged weights if train.py tested those.
 
         Raises:
             FileNotFoundError: If the folder, args.yaml or the checkpoint is missing.
@@ -106,8 +120,8 @@ class TrainRun:
         """
         args = read_args(run_dir)
         if not (run_dir / checkpoint).is_file():
-            raise FileNotFoundError(f'{run_dir} has no {checkpoint}: --checkpoint NAME takes another one.')
-        # With the average on the CPU, train.py measures the raw weights.
+            raise FileNotFoundError(f'{run_dir} has no {checkpoint}: choose another one with --checkpoint NAME.')
+        # with --model-ema-force-cpu, train.py tests the raw weights
         on_cpu = bool(args.get('model_ema_force_cpu'))
         state_dict, saved = read_checkpoint(run_dir / checkpoint, ema and not on_cpu)
         measured_on_average = saved.get('state_dict_ema') is not None and not on_cpu
@@ -117,7 +131,7 @@ class TrainRun:
         if metrics and run._validated_on_all():
             _logger.warning(
                 f'The data folder has no {run.val_split!r}: train.py measured the accuracy on training images too, '
-                'and it is left out.')
+                'and the card leaves it out.')
             run = replace(run, metrics={})
         return run
 
@@ -143,7 +157,12 @@ def _data_dir(args: dict[str, Any]) -> str:
 
 
 def read_args(run_dir: Path) -> dict[str, Any]:
-    """The arguments in a folder's args.yaml, or the error that there is none or that it is not train.py's."""
+    """Reads the arguments in a folder's args.yaml.
+
+    Raises:
+        FileNotFoundError: If there is no args.yaml.
+        ValueError: If train.py did not write it.
+    """
     path = run_dir / 'args.yaml'
     if not path.is_file():
         raise FileNotFoundError(f'There is no {path}: give the output folder of a run of train.py.')
@@ -155,7 +174,7 @@ def read_args(run_dir: Path) -> dict[str, Any]:
 
 
 def published_args(args: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that repeat a run elsewhere: without what is local, and with the bare names of files."""
+    """Returns the arguments that repeat a run elsewhere: without local ones, and with file names instead of paths."""
     return {k: _without_folder(v, k in FILE_ARGS) for k, v in args.items() if k not in _LOCAL_ARGS}
 
 
@@ -167,7 +186,8 @@ def _without_folder(value: Any, is_path: bool = False) -> Any:
     if not isinstance(value, str):
         return value
     prefix = match[0] if (match := _PATH_PREFIX.match(value)) else ''
-    path = PureWindowsPath(value.removeprefix(prefix))  # takes both kinds of slashes
+    # a PureWindowsPath takes both kinds of slashes
+    path = PureWindowsPath(value.removeprefix(prefix))
     return prefix + path.name if is_path or prefix or path.anchor or value.startswith(('~', '.')) else value
 
 
@@ -177,11 +197,11 @@ def write_args(args: dict[str, Any], path: Path) -> None:
 
 
 def _read_metrics(path: Path, epoch: int | None) -> dict[str, float]:
-    """Top-1 and top-5 of an epoch in summary.csv, in percent."""
+    """Reads the top-1 and top-5 accuracy of an epoch from summary.csv, in percent."""
     if epoch is None or not path.is_file():
         return {}
     rows = csv.DictReader(path.read_text(encoding='utf-8', errors='replace').splitlines())
-    # A resumed run may list an epoch twice: the last one is the one that was saved.
+    # a resumed run may list an epoch twice: the last row is that of the checkpoint
     row = {row.get('epoch'): row for row in rows}.get(str(epoch))
     if row is None:
         _logger.warning(f'{path} has no row of epoch {epoch}: the card will state no accuracy.')
@@ -196,10 +216,10 @@ def _read_metrics(path: Path, epoch: int | None) -> dict[str, float]:
 
 
 def read_class_names(args: dict[str, Any], num_classes: int, file: str | Path | None) -> list[str] | None:
-    """The class names in a file, or of a run's class map or data folder, in the head's order; None if there are none.
+    """Reads class names in the head's order, from a file or from a run's class map or data folder. None if unknown.
 
     Raises:
-        ValueError: If the file has not one class name a line, as many as the head has outputs.
+        ValueError: If the file does not have one class name per line for each output of the head.
     """
     if file is not None:
         with errors_name(file):
@@ -209,14 +229,15 @@ def read_class_names(args: dict[str, Any], num_classes: int, file: str | Path | 
         return names
     root, class_map, class_to_idx = _data_dir(args), args.get('class_map') or '', {}
     try:
-        if root and Path(root).exists() and not args.get('dataset'):  # folders and tars: only these are read from paths
+        # without --dataset, timm reads a folder or a tar from the path
+        if root and Path(root).exists() and not args.get('dataset'):
             dataset = create_dataset('', root, split=args.get('train_split') or 'train', class_map=class_map)
             class_to_idx = dataset.reader.class_to_idx
         elif class_map and Path(class_map).exists():
             class_to_idx = load_class_map(class_map)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        _logger.warning(f'The class names of the run cannot be read (any more): {error}')
+        _logger.warning(f'The class names of the run cannot be read: {error}')
     if sorted(class_to_idx.values()) == list(range(num_classes)):
         return sorted(class_to_idx, key=class_to_idx.__getitem__)
-    _logger.warning(f'No class names are written: --class-names FILE gives {num_classes} of them.')
+    _logger.warning(f'No class names are written: give {num_classes} with --class-names FILE.')
     return None
