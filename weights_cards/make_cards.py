@@ -22,7 +22,7 @@ BASES = list(dict.fromkeys(model.base for model in MODELS.values() if model.laye
 ELSA_MODELS = [model for model in MODELS.values() if model.layer.tag == 'elsa']
 # of scikit-image, CC0 or in the public domain
 PHOTOGRAPHS = {'chelsea': 'A cat', 'coffee': 'A cup of coffee', 'rocket': 'A rocket'}
-# --drop-path, and what else is the model's own, in the authors' README
+# options that differ between the models, from the authors' README
 ELSA_RECIPES = {
     'elsa_swin_tiny': '--drop-path 0.1', 'elsa_swin_small': '--drop-path 0.3',
     'elsa_swin_base': '--drop-path 0.5 --model-ema'}
@@ -37,7 +37,7 @@ def measure(name: str) -> Counts:
 
 
 def write_counts(path: Path) -> None:
-    """Writes the costs of the plain models and of ours, a line each."""
+    """Writes the costs of the plain models and of ours, one line each."""
     with path.open('w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(['name', *Counts._fields])
@@ -77,17 +77,17 @@ def backbone_card(base: str) -> str:
         ),
         f'# {base} with Efficient Local Attention, and with the layers that ELA is compared with',
         'ELA multiplies a feature map by two gates, one computed from the means of its rows and one from the means of '
-        f'its columns ([paper]({models[0].layer.paper.url})). It has four sizes: t, b, s, l. The other layers stand in '
-        'the same slot, for comparison.',
+        f'its columns ([paper]({models[0].layer.paper.url})). ELA has four sizes: t, b, s, l. The other layers stand '
+        'in the same place, for comparison.',
         '## Models',
         table(['model', 'attention', 'parameters', 'multiply-adds'], rows),
         'At 224 x 224 pixels with 1000 classes. Multiply-adds are those of convolutions and matrix products, by '
-        'torch\'s FlopCounterMode; products element by element are not counted. Strip Pooling adds about 7 C^2 '
-        'parameters a block.',
+        'torch\'s FlopCounterMode; element-wise products are not counted. Strip Pooling adds about 7 C^2 parameters a '
+        'block.',
         '## Weights',
-        'Each tag grafts the plain weights that timm publishes onto the model, which then computes what the plain '
-        'model does (ResNets bit for bit, others up to rounding) and trains as it does. '
-        f'The default is `{cfgs[0].tag}`.'
+        'Each tag is a graft: timm\'s weights of the plain model, and attention that changes nothing until it is '
+        'trained. The grafted model computes what the plain model does (ResNets bit for bit, others up to rounding) '
+        f'and trains as it does. The default is `{cfgs[0].tag}`.'
         + (f' There are none for {" and ".join(without)}: these layers cannot be set to change nothing.'
            if without else ''),
         table(
@@ -103,8 +103,8 @@ model = timm.create_model('{grafted[1].name}.{cfgs[0].tag}', pretrained=True)
         'Image classification, and features for detection and segmentation (`features_only=True`): fine-tune from a '
         'graft, or train from scratch, with timm\'s `train.py`.',
         '## Limits',
-        'The attention of a graft is untrained: its accuracy is the plain model\'s until it is fine-tuned. No accuracy '
-        'of these models is claimed here. The licence is that of the weights that are read.',
+        'The attention of a graft is untrained: the model has the plain model\'s accuracy until it is fine-tuned. No '
+        'accuracy of these models is claimed here. The licence is that of the plain model\'s weights.',
         citation(*models),
     )
 
@@ -129,11 +129,11 @@ def elsa_card(model: Model) -> str:
 
 
 def elsa_swin_texts(model: Model) -> list[str]:
-    """What an ELSA-Swin is, what its multiply-adds count, and the rest of its card."""
+    """Returns what an ELSA-Swin is, what its multiply-adds count, and the rest of its card."""
     return [
-        f'Swin Transformer whose first three stages have Enhanced Local Self-Attention ([paper]({ELSA.paper.url})) in '
-        'place of windows: a 7 x 7 neighbourhood around each position, whose weights come from the product of queries '
-        'and keys, and a depthwise convolution beside it.',
+        f'A Swin Transformer with Enhanced Local Self-Attention ([paper]({ELSA.paper.url})), not window attention, in '
+        'its first three stages: attention in a 7 x 7 neighbourhood around each position, whose weights come from the '
+        'product of queries and keys, plus a depthwise convolution.',
         'include the zeros of its banded matrices',
         '## Weights',
         f'There are none on the Hub: {ELSA.no_weights} The logits are those of the authors\' code.',
@@ -150,27 +150,27 @@ torchrun --nproc-per-node 8 train.py --data-dir IMAGENET --model {model.name} \\
 
 
 def elsa_volo_texts() -> list[str]:
-    """What an ELSA-VOLO is, what its multiply-adds count, and the rest of its card."""
+    """Returns what an ELSA-VOLO is, what its multiply-adds count, and the rest of its card."""
     return [
-        f'VOLO whose Outlookers, the blocks of its first stage, have Enhanced Local Self-Attention ([paper]('
-        f'{ELSA.paper.url})) in place of outlook attention: a 5 x 5 neighbourhood around each position, whose weights '
-        'come from the product of queries and keys, with a factor and a summand for each channel. **This is a reading '
-        'of the paper and not the authors\' model**: it rests on the abstract, which names ELSA-VOLO-D1 to D5 and '
-        'calls ELSA a drop-in without architecture modification, and on the authors\' ELSABlock, which has the '
-        'signature and the defaults of VOLO\'s Outlooker.',
-        'leave out the products element by element of its local attention',
+        f'A VOLO whose Outlookers, the blocks of its first stage, have Enhanced Local Self-Attention ([paper]('
+        f'{ELSA.paper.url})) in place of outlook attention: attention in a 5 x 5 neighbourhood around each position, '
+        'whose weights come from the product of queries and keys, with a factor and a summand for each channel. **This '
+        'is a reading of the paper and not the authors\' model.** The reading rests on the abstract, which names '
+        'ELSA-VOLO-D1 to D5 and calls ELSA a drop-in without architecture modification, and on the authors\' '
+        'ELSABlock, which has the signature and the defaults of VOLO\'s Outlooker.',
+        'leave out the element-wise products of its local attention',
         '## Weights',
         f'There are none: {ELSA_VOLO.no_weights} No accuracy is claimed here.',
         '## Options',
-        'The kernel (5), the powers and factors of the ghost head (1 and 1) and the groups of the convolution (8 '
-        'channels) are the defaults of the authors\' classes, which they may not have used in VOLO: `elsa_kernel`, '
+        'The kernel (5), the exponent and the factor of the ghost head (1 and 1) and the groups of the convolution (8 '
+        'channels) are the defaults of the authors\' classes, which they may not have used in VOLO. `elsa_kernel`, '
         '`lam`, `gamma` and `group_width` change them (in `train.py`: `--model-kwargs lam=0`). With `lam=0`, as in '
-        'ELSA-Swin, it is faster.',
+        'ELSA-Swin, the model is faster.',
     ]
 
 
 def models_table() -> str:
-    """Returns the README's tables: a backbone a line, with the parameters of its ELA models in millions, and ELSA."""
+    """Returns the README's tables: parameters in millions of the backbones with ELA, and of the models with ELSA."""
     counts = read_counts()
     sizes = [layer for layer in ATTN_LAYERS.values() if layer.tag == 'ela']
     rows = []
@@ -189,7 +189,7 @@ def models_table() -> str:
 
 
 def write_all(root: Path) -> None:
-    """Writes the cards and the table below the project's root."""
+    """Writes the cards and the table under the project's root."""
     for base in BASES:
         (root / 'weights_cards' / f'{base}.md').write_text(backbone_card(base), encoding='utf-8')
     for model in ELSA_MODELS:

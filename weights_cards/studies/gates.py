@@ -1,4 +1,4 @@
-"""Does the gate learn? How far the gates of a study's ELA arms moved from a fresh graft's 1/4, and what they add.
+"""Measures how far training moved the gates of a study's ELA models from 1/4, where they start, and what they add.
 
     python weights_cards/studies/gates.py DATA --runs output/study
 
@@ -26,39 +26,39 @@ from torch.utils.data import DataLoader, Subset
 from timm_ela import EfficientLocalAttention, plot_attention
 from timm_ela.models.registry import MODELS
 
-PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee')  # of scikit-image
+# images of scikit-image
+PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee')
 INTRO = """\
 # Gates of ELA on {name}
 
-Every row of [{name}.gates.csv]({name}.gates.csv) is a stage of one run of `train.py`: an index of `model.blocks`, of
-which the first, 0, has no ELA. A gate is a_h * a_w; it starts at exactly 1/4. `moved` is the mean of the gates over
-images, channels and positions, less 1/4; `spread` is their standard deviation, and `within` the part of it within the
-channels, over images and positions: a gate that is constant in each channel has a spread, but none within. All are
-measured on {images} test images, and are means over the n seeds. The runs, with hardware and versions, are in
-[{name}.csv]({name}.csv).
+Every row of [{name}.gates.csv]({name}.gates.csv) is a stage of one run of `train.py`. A stage is an index of
+`model.blocks`; stage 0 has no ELA. A gate is a_h * a_w, and starts at exactly 1/4. `moved` is the mean of the gates
+over images, channels and positions, minus 1/4. `spread` is their standard deviation. `within` is the part of it within
+the channels, over images and positions: it is 0 if the gate of each channel is constant. All are measured on {images}
+test images, and are means over the n seeds. The runs, with hardware and versions, are in [{name}.csv]({name}.csv).
 
 Frozen: the same weights with every gate set back to 1/4. Nothing is trained again, and batch norm keeps its statistics.
-The difference shows how much the other weights rely on the gates that they were trained with. It is not what a model
-reaches that is trained without gates. Top-1 is measured on {test_images} test images.
+The difference shows how much the other weights rely on the gates that they were trained with. It does not show the
+accuracy of a model that is trained without gates. Top-1 is measured on {test_images} test images.
 """
 
 
 def moments(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Means (N, C) of a gate (N, C, L) and of its square."""
+    """Returns the means (N, C) of a gate (N, C, L) and of its square."""
     a = a.double()
     return a.mean(2), a.square().mean(2)
 
 
 @torch.inference_mode()
 def measure_gates(model: nn.Module, loader: DataLoader) -> dict[int, tuple[float, float, float]]:
-    """Mean and standard deviation of a_h * a_w over images, channels and positions, and that within channels, by stage.
+    """Returns `spreads` of the gates a_h * a_w over images, channels and positions, for each stage.
 
-    A stage is an entry of the model's `blocks`. Modules of a stage count by their channels.
+    A stage is an entry of the model's `blocks`. The modules of a stage are weighted by their channels.
     """
     products: dict[str, list[Tensor]] = defaultdict(list)
 
     def keep(name: str, module: EfficientLocalAttention, args: tuple[Tensor]) -> None:
-        # a_h depends on the row alone, a_w on the column alone: the mean of their product is the product of their means
+        # a_h depends only on the row and a_w only on the column, so the mean of a_h * a_w is the product of their means
         (h, hh), (w, ww) = (moments(gate) for gate in module.gates(args[0]))
         products[name].append(torch.stack([h * w, hh * ww]))
 
@@ -76,13 +76,13 @@ def measure_gates(model: nn.Module, loader: DataLoader) -> dict[int, tuple[float
 
 
 def spreads(channels: Tensor) -> tuple[float, float, float]:
-    """Mean, standard deviation, and standard deviation within channels, from each channel's two moments (2, C)."""
+    """Returns the mean, and the standard deviations overall and within channels, from the channels' moments (2, C)."""
     (mean, square), between = channels.mean(1), channels[0].square().mean()
     return mean.item(), (square - mean ** 2).clamp(0).sqrt().item(), (square - between).clamp(0).sqrt().item()
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """A copy of a model whose attention layers are at their neutral point: for ELA, every gate is 1/4."""
+    """Returns a copy of a model with its ELA at the neutral point, where every gate is 1/4."""
     frozen = copy.deepcopy(model)
     neutral = MODELS[model.pretrained_cfg['architecture']].layer.neutral
     assert neutral is not None
@@ -95,26 +95,27 @@ def freeze(model: nn.Module) -> nn.Module:
 
 @torch.inference_mode()
 def measure_top1(model: nn.Module, loader: DataLoader) -> float:
-    """Top-1 accuracy, in percent."""
+    """Returns the top-1 accuracy in percent."""
     right = sum((model(x).argmax(1) == y).sum().item() for x, y in loader)
     return round(100 * right / len(loader.dataset), 4)
 
 
 def spaced(dataset, number: int) -> Subset:
-    """Images at equal distances: they stand in the order of their classes."""
+    """Returns images at equal distances in the dataset, which is sorted by class."""
     number = min(number, len(dataset))
     return Subset(dataset, [i * len(dataset) // number for i in range(number)])
 
 
 def measure_run(folder: Path, data: Path, images: int) -> tuple[nn.Module, list[dict[str, object]]]:
-    """The model of a run after its last epoch, and its rows."""
+    """Returns the model of a run after its last epoch, and the run's rows."""
     used = yaml.safe_load((folder / 'args.yaml').read_text())
     model = timm.create_model(
         used['model'], num_classes=used['num_classes'],
         checkpoint_path=str(folder / f'checkpoint-{used["epochs"] - 1}.pth.tar'))
     model = model.eval().to(memory_format=torch.channels_last)
     config = resolve_data_config({'img_size': used['img_size'], 'crop_pct': used['crop_pct']}, model=model)
-    model.pretrained_cfg.update({k: config[k] for k in ('input_size', 'crop_pct')})  # the plot's, too
+    # plot_attention reads these
+    model.pretrained_cfg.update({k: config[k] for k in ('input_size', 'crop_pct')})
     test = create_dataset('', data, split='test', transform=create_transform(**config))
 
     gates = measure_gates(model, DataLoader(spaced(test, images), 64))
@@ -128,7 +129,7 @@ def measure_run(folder: Path, data: Path, images: int) -> tuple[nn.Module, list[
 
 
 def page(table: pd.DataFrame, name: str) -> str:
-    """The page of the gates, all of it read from the table."""
+    """Returns the page about the gates, made from the table only."""
     stages = sorted(table.stage.unique())
     header = ['attention', 'n', 'top-1 (%)', 'frozen at 1/4', 'difference',
               *(f'stage {stage}: moved, spread, within' for stage in stages)]

@@ -1,11 +1,11 @@
-"""Runs timm's unmodified train.py so that all models of one seed see the same images in the same order.
+"""Runs timm's unmodified train.py so that all models with the same seed see the same images in the same order.
 
     python paired_train.py train.py --seed 0 ...
 
-train.py seeds the generator, draws the model's weights from it, and then the order of the images and what augmentation
-does to them. A model with more weights leaves the generator elsewhere, and would see other batches. Here the generator
-is seeded again at the start of each epoch, and the loader's workers, which take their seeds from it, start anew. So
-arms of one seed are pairs, also where a run was cut off and resumed.
+train.py seeds a random generator, and draws from it the model's weights, then the order of the images and their
+augmentation. A model with more weights draws more numbers, so it would see other batches. This script seeds the
+generator again at the start of each epoch, and restarts the loader's workers, which take their seeds from it. Runs with
+the same seed are therefore pairs, even if one was interrupted and resumed.
 """
 import runpy
 import sys
@@ -19,10 +19,10 @@ seed = int(sys.argv[sys.argv.index('--seed') + 1])
 
 
 def create_paired_loader(dataset, *args, is_training=False, **kwargs):
-    """timm's create_loader, with a sampler that seeds when train.py announces an epoch."""
+    """timm's create_loader, with a sampler that seeds the generator when train.py calls its set_epoch."""
     loader = create_loader(dataset, *args, is_training=is_training, **{**kwargs, 'persistent_workers': False})
     if is_training:
-        # No two epochs of a study's seeds share a number.
+        # a study has fewer than 1000 epochs, so each epoch of each seed has a number of its own
         loader.sampler.set_epoch = lambda epoch: random_seed(1000 * seed + epoch)
     return loader
 
