@@ -29,7 +29,7 @@ ecosystem: $(ECOSYSTEM)/.installed
 compat:
 	$(PYTHON) tests/compat.py
 
-# timm's own test suite over all of our models; `make test` runs a part of it.
+# timm's own test suite on all models; `make test` runs a part of it.
 conformance: $(INSTALLED)
 	$(BIN)/python tests/conformance.py -n 2
 
@@ -37,9 +37,9 @@ conformance: $(INSTALLED)
 cards: $(INSTALLED)
 	$(BIN)/python weights_cards/make_cards.py
 
-# Trains ELA and its rivals by timm's own scripts, about 2 hours on two cores. What is done is not done again, nor what
-# STUDY='--done TABLE' has of an earlier part. Variables: DATA, a folder with train/ and test/; TIMM_SCRIPTS, a folder
-# with timm's scripts alone; DEVICE (cpu or cuda); JOBS, runs at a time; STUDY, options of study.py.
+# Trains ELA and the other layers with timm's scripts, about 2 hours on two cores. It skips finished runs, and those in
+# the table of STUDY='--done TABLE'. Variables: DATA, a folder with train/ and test/; TIMM_SCRIPTS, a folder with timm's
+# scripts alone; DEVICE (cpu or cuda); JOBS, runs at a time; STUDY, options of study.py.
 DEVICE ?= cpu
 JOBS ?= 2
 RUN_STUDY = $(BIN)/python weights_cards/studies/study.py '$(DATA)' --scripts '$(TIMM_SCRIPTS)' \
@@ -52,17 +52,17 @@ study-smoke: $(INSTALLED)
 	$(RUN_STUDY) --output output/study-smoke \
 		--images 100 --epochs 2 --seeds 1 --img-size 64 --arms plain ela_b $(STUDY)
 
-# How far the gates of the study's ELA arms moved, and what they add. RUNS: --output of the study.
+# Measures how far the gates of the study's ELA models moved, and what they add. RUNS: --output of the study.
 RUNS ?= output/study
 study-gates: $(INSTALLED)
 	$(BIN)/python weights_cards/studies/gates.py '$(DATA)' --runs '$(RUNS)'
 
-# Speed beside the plain models, on idle cores: 20 minutes on two, and 2 more to compile each model's training step.
-# BENCH: options of bench_models.py.
+# Compares the speed of the models with that of the plain ones: 20 minutes on two idle cores, and 2 more to compile each
+# model's training step. BENCH: options of bench_models.py.
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_models.py --device '$(DEVICE)' $(BENCH)
 
-# 5 GB with CUDA: minutes, most of them for PyTorch.
+# Takes minutes, mostly for PyTorch: 5 GB with CUDA.
 $(DEMO): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[demo]'

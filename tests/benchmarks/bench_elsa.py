@@ -1,6 +1,6 @@
-"""Speed and memory of ELSA's operator on a CPU beside other ways to compute it, as a Markdown table.
+"""Compares speed and memory of ELSA's operator on a CPU with other ways to compute it, as a Markdown table.
 
-A ratio is the median of those within a repeat, with its quartiles. `bench_models.py` times whole models.
+A ratio is the median over the repeats, with its quartiles. `bench_models.py` times whole models.
 """
 import argparse
 from functools import partial
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from timm_ela.layers.elsa import banded_attention, elsa
 
-# C, H and W, heads, kernel size, and whether the ghost head multiplies: the stages of ELSA-Swin-T, that of ELSA-VOLO-D1
+# C, H and W, heads, kernel size, and whether the ghost head has mul: the stages of ELSA-Swin-T, then ELSA-VOLO-D1's
 SHAPES = ((96, 56, 3, 7, False), (192, 28, 6, 7, False), (384, 14, 12, 7, False), (192, 28, 6, 5, True))
 HEAD = ['C x H x W', 'kernel', 'mul', 'mode', 'timm_ela, ms', 'timm_ela, MiB', 'beside it', 'time', 'memory']
 
 
 def by_unfold(v: Tensor, attn: Tensor, mul: Tensor | None, add: Tensor, kernel_size: int) -> Tensor:
-    """The operator as the authors have it without their extension; arguments and result are NHWC."""
+    """Computes the operator as the authors do without their compiled extension. Arguments and result are NHWC."""
     batch, height, width, channels = v.shape
     heads, offsets = attn.shape[3], kernel_size ** 2
     values = v.permute(0, 3, 1, 2).reshape(batch * heads, channels // heads, height, width)
@@ -35,7 +35,7 @@ def by_unfold(v: Tensor, attn: Tensor, mul: Tensor | None, add: Tensor, kernel_s
 
 
 def by_bands(v: Tensor, attn: Tensor, mul: Tensor, add: Tensor, kernel_size: int) -> Tensor:
-    """Local attention with a band for each channel, which holds mul; what is added is left out."""
+    """Computes local attention with a banded matrix for each channel, which contains mul. It leaves add out."""
     per_channel = attn.repeat_interleave(v.shape[3] // attn.shape[3], 3) * mul.flatten(1)
     return torch.cat([
         banded_attention(*image, kernel_size) for image in zip(v.split(1), per_channel.split(1), strict=True)])
@@ -46,7 +46,7 @@ def backward(call: Call, inputs: list[Tensor | None], upstream: Tensor) -> None:
 
 
 def compare(calls: dict[str, Call], repeats: int) -> list[str]:
-    """Time and memory of the first call, and by how much those of the second are larger."""
+    """Returns time and memory of the first call, and their ratios of the second call to the first."""
     first, second = calls
     times, peaks = interleave(calls, repeats), {name: peak_mib(call) for name, call in calls.items()}
     return [

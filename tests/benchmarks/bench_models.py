@@ -1,8 +1,8 @@
-"""Time and memory of models with attention beside the plain model, in every way of running them, as Markdown tables.
+"""Compares time and memory of models with attention with the plain model's, in several runtimes, as Markdown tables.
 
-A cell of a row of times is the median of the ratio within a repeat, with its quartiles. A training step is forward,
-cross entropy and backward, without an optimizer; the peak of its memory leaves out what the model holds before it. On a
-GPU, convolutions and matrix products are in bfloat16 by autocast.
+A time is the median over the repeats of the ratio to the plain model, with its quartiles. A training step is forward,
+cross entropy and backward, without an optimizer. Its peak memory does not count what was allocated before it. On a GPU,
+convolutions and matrix products are in bfloat16 by autocast.
 """
 import argparse
 import logging
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import timm_ela  # noqa: F401  registers the models
 
 ATTENTION = ('ela_b', 'se', 'eca', 'ca')
-BASES = {  # plain model -> those with attention
+# plain model -> models with attention
+BASES = {
     'mobilenetv2_100': [f'mobilenetv2_{layer}' for layer in ATTENTION],
     'resnet50': [f'resnet50_{layer}' for layer in ATTENTION],
     'tf_efficientnet_lite0': [f'tf_efficientnet_lite0_{layer}' for layer in ATTENTION],
@@ -34,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 
 def onnx_session(model: nn.Module, x: Tensor, path: Path):
-    """A session of onnxruntime for any batch of x's height and width, with PyTorch's number of threads."""
+    """Returns a session of onnxruntime for any batch of x's height and width, with PyTorch's number of threads."""
     import onnxruntime
     sample = torch.rand(2, *x.shape[1:])
     program = torch.onnx.export(
@@ -58,7 +59,7 @@ def infer(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def settings(names: list[str], way: str, args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Call]]]:
-    """What is timed together: a title, and a call for each model."""
+    """Yields what is timed together: a title, and a call for each model."""
     memory_format = torch.channels_last if way == 'channels_last' else torch.contiguous_format
     on_device = dict(device=args.device, memory_format=memory_format)
     models = {name: timm.create_model(name, exportable=way == 'onnxruntime').to(**on_device) for name in names}
@@ -74,7 +75,7 @@ def settings(names: list[str], way: str, args: argparse.Namespace) -> Iterator[t
         return
     called = {}
     for name, model in models.items():
-        # otherwise the second batch size compiles as dynamic
+        # otherwise PyTorch would compile the second batch size as a dynamic one
         called[name] = torch.compile(model, dynamic=False) if way == 'compile' else model
     for x in batches:
         for model in models.values():
@@ -104,7 +105,8 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, format='%(message)s')
     _logger.setLevel(logging.INFO)
     torch.manual_seed(0)
-    torch._dynamo.config.recompile_limit = 64  # one forward is compiled for each model and batch size
+    # one forward is compiled for each model and batch size
+    torch._dynamo.config.recompile_limit = 64
     print(f'Beside the plain model at {args.img_size} px: {describe(args.repeats, args.device)}.')
     for base in args.bases:
         names, rows = [base, *BASES[base]], []

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests and times on a GPU, in one Markdown file: tests/benchmarks/gpu.sh [FILE]
+# Writes tests and timings on a GPU into a Markdown file: tests/benchmarks/gpu.sh [FILE]
 # PYTHON, by default python3, needs what `pip install '.[test]'` installs, and PyTorch with CUDA.
 set -uo pipefail
 cd "$(dirname "$0")/../.."

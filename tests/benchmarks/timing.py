@@ -1,4 +1,4 @@
-"""Times of calls that take turns in one process, and how they are told."""
+"""Times calls that take turns in one process, and formats the results."""
 import platform
 import shlex
 import sys
@@ -18,7 +18,7 @@ Call = Callable[[], object]
 
 
 def milliseconds(call: Call, device: str = 'cpu') -> float:
-    """Time of a call: the host's clock, or on a GPU that between two events in its stream."""
+    """Returns the time of a call: by the host's clock, or on a GPU between two events in its stream."""
     if device == 'cpu':
         start = perf_counter()
         call()
@@ -32,7 +32,7 @@ def milliseconds(call: Call, device: str = 'cpu') -> float:
 
 
 def peak_mib(call: Call, device: str = 'cpu') -> float:
-    """The most that the call's tensors hold at once, in MiB beyond what was there before."""
+    """Returns the peak memory of the call's tensors in MiB, without what was allocated before."""
     if device != 'cpu':
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -56,9 +56,9 @@ def interleave(
         warm_up: int = 2,
         device: str = 'cpu',
 ) -> dict[str, np.ndarray]:
-    """Milliseconds of each call: every repeat runs each of them once.
+    """Returns the milliseconds of each call. Every repeat runs each call once.
 
-    The order is shuffled: caches and the allocator favour whoever follows whom.
+    The order is shuffled, since a call's time depends on what the call before it left in caches and the allocator.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     draw = Random(0)
@@ -69,7 +69,7 @@ def interleave(
 
 
 def ratio(times: np.ndarray, plain: np.ndarray, most: float = 0.2) -> str:
-    """Median and quartiles of the ratio within a repeat, unless they are further apart than `most` of the median."""
+    """Returns median and quartiles of the ratio, unless the quartiles are further apart than `most` of the median."""
     q25, q50, q75 = np.percentile(times / plain, (25, 50, 75))
     if q75 - q25 > most * q50:
         return f'spread too large ({q25:.2f} to {q75:.2f})'
@@ -77,8 +77,9 @@ def ratio(times: np.ndarray, plain: np.ndarray, most: float = 0.2) -> str:
 
 
 def describe(repeats: int, device: str = 'cpu') -> str:
-    """Hardware, versions, the command and the repeats, as a paragraph."""
-    info = Path('/proc/cpuinfo')  # where `platform` knows no name
+    """Returns hardware, versions, the command and the number of repeats, in one line."""
+    # on Linux, `platform` does not know the processor's name
+    info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     hardware = names[0] if names else platform.processor() or platform.machine()
@@ -92,6 +93,6 @@ def describe(repeats: int, device: str = 'cpu') -> str:
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table."""
+    """Returns a Markdown table."""
     head = list(head)
     return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in (head, ['---'] * len(head), *rows))
