@@ -148,8 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('args', nargs=argparse.REMAINDER, help='its arguments')
 
     sub = command(
-        _convert, 'convert', 'write a model folder from a checkpoint: of the plain model (grafted: attention is added '
-        'that changes nothing until it is trained), or of a paper\'s authors (renamed)',
+        _convert, 'convert', 'write a model folder from a checkpoint of the plain model (graft: add attention that '
+        'changes nothing until it is trained) or of a paper\'s authors (rename the weights)',
         'resnet50.pth --model resnet50_ela_b grafted', weights)
     sub.add_argument(
         'source', metavar='checkpoint', help='.pth.tar of train.py, .pth or .safetensors')

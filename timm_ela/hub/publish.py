@@ -133,7 +133,7 @@ def _describe_weights(cfg: dict[str, Any], license: str | None, keep: bool) -> N
 
 def _write(folder: Path, model: nn.Module, data_config: dict[str, Any] | None, card: str, **config: Any) -> None:
     save_for_hf(model, folder, model_config=config, safe_serialization=True, data_config=data_config)
-    # timm also writes num_classes into model_args, and transformers fails because it passes both
+    # timm also writes num_classes into model_args, and transformers fails when both are there
     path = folder / 'config.json'
     written = json.loads(path.read_text())
     written['model_args'].pop('num_classes', None)
@@ -199,7 +199,7 @@ def convert_checkpoint(
         class_names: str | Path | None = None, license: str | None = None, force: bool = False) -> Path:
     """Grafts a plain model's checkpoint, or renames an author's, and writes it as a folder that timm loads.
 
-    The result is complete, with the head.
+    The folder holds all weights of the model, and the head if the checkpoint has one.
 
     Args:
         checkpoint: A `.pth.tar` of train.py, a `.pth` or a `.safetensors` of the plain timm model, or one in a layout

@@ -1,4 +1,4 @@
-"""Efficient Local Attention (ELA). Each function has the plain formula first, and then a cheaper way to compute it."""
+"""Efficient Local Attention (ELA). Where a result is computed in two ways, the plain formula is first."""
 from math import gcd
 from typing import Any
 
