@@ -132,8 +132,8 @@ class StripNorm(nn.GroupNorm):
         if torch.jit.is_scripting() or not (is_fixed_export(z) and z.shape[1] * z.shape[2] > self.num_groups):
             return F.group_norm(z, self.num_groups, self.weight, self.bias, self.eps)
         else:
-            # XNNPACK has no group_norm, and takes a mean only over the last two dimensions of a 4-D map. OpenVINO computes
-            # this sequence of operators, with its square root and quotient, as one operator.
+            # XNNPACK has no group_norm, and takes a mean only over the last two dimensions of a 4-D map. OpenVINO turns
+            # this sequence, with its square root and quotient, into one operator.
             g = z.reshape(z.shape[0], self.num_groups, -1, 1)
             g = g - g.mean((2, 3), keepdim=True)
             z = (g / (g.pow(2).mean((2, 3), keepdim=True) + self.eps).sqrt()).reshape(z.shape)
