@@ -2,8 +2,10 @@
 
 What is imported first, and in which environment, is what the tests with processes of their own test.
 """
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -185,3 +187,47 @@ class FullSize(TorchDispatchMode):
             if isinstance(t, Tensor) and t.numel() >= self.numel and t.untyped_storage().data_ptr() not in known:
                 self.storages.append(t)  # kept, so that no later one can lie at its address
         return out
+
+
+class AuthorsELA(nn.Module):
+    """ELA as its authors write it: PyTorch's operations, one after the other."""
+
+    def __init__(self, channels, kernel_size, groups, num_groups, eps=1e-5):
+        super().__init__()
+        self.conv = nn.Conv1d(channels, channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False)
+        self.gn = nn.GroupNorm(num_groups, channels, eps)
+        self.sigmoid = nn.Sigmoid()
+
+    def gates(self, x):
+        return [self.sigmoid(self.gn(self.conv(torch.mean(x, dim=dim)))).to(x.dtype) for dim in (3, 2)]
+
+    def forward(self, x):
+        x_h, x_w = self.gates(x)
+        return x * x_h.unsqueeze(3) * x_w.unsqueeze(2)
+
+
+def compiled(m, x):
+    torch.compiler.reset()  # tests compile the same forward in many ways: PyTorch limits how often
+    return torch.compile(m, backend='eager', fullgraph=True)
+
+
+def exported(m, x, **sizes):
+    """Exported with these dimensions of x (N, C, H, W) free, such as n=0."""
+    dynamic_shapes = ({i: torch.export.Dim(k, min=1 if k == 'n' else 2) for k, i in sizes.items()},)
+    program = torch.export.export(m, (x,), dynamic_shapes=dynamic_shapes)
+    calls = [n.target for n in program.graph.nodes if n.op == 'call_function']
+    assert {t.namespace for t in calls} == {'aten'}  # what is exported must load where this package is not
+    return program.module()
+
+
+# How PyTorch transforms a layer, given an input.
+WAYS = {
+    'scripted': lambda m, x: torch.jit.script(m),
+    'traced': lambda m, x: torch.jit.trace(m, x),
+    'symbolically_traced': lambda m, x: torch.fx.symbolic_trace(m),
+    'symbolically_traced_and_scripted': lambda m, x: torch.jit.script(torch.fx.symbolic_trace(m)),
+    'compiled': compiled,
+    'exported': lambda m, x: exported(m, x, n=0, h=2, w=3),
+    'copied': lambda m, x: copy.deepcopy(m),
+    'pickled': lambda m, x: pickle.loads(pickle.dumps(m)),
+}

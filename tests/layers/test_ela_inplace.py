@@ -6,26 +6,9 @@ from functools import partial
 import pytest
 import timm
 import torch
-from helpers import FullSize, attentions
+from helpers import FullSize, attentions, compiled, exported
 
 from timm_ela import EfficientLocalAttention
-
-
-def compiled(m, x):
-    torch.compiler.reset()  # other tests have compiled the same forward: PyTorch limits how often
-    return torch.compile(m, backend='eager', fullgraph=True)(x)
-
-
-NEVER_IN_PLACE = {
-    'training': lambda m, x: m.train()(x),
-    'default': lambda m, x: out_of_place(m)(x),
-    'view': lambda m, x: m(x[:]),
-    'channels': lambda m, x: m(torch.cat([x, x], 1).chunk(2, 1)[0]),
-    'requires_grad': lambda m, x: m(x.requires_grad_()),
-    'traced_by_fx': lambda m, x: torch.fx.symbolic_trace(m)(x),
-    'compiled': compiled,
-    'exported': lambda m, x: torch.export.export(m, (x,)).module()(x),
-}
 
 
 def out_of_place(m):
@@ -34,37 +17,39 @@ def out_of_place(m):
     return same
 
 
+def recorded(m, x):
+    with torch.enable_grad():
+        return m(x).detach()  # its parameters require gradients
+
+
+def put_around(m, x):
+    forward = m.forward
+    m.forward = lambda x: forward(x)
+    return m(x)
+
+
+NEVER_IN_PLACE = {
+    'training': lambda m, x: m.train()(x),
+    'default': lambda m, x: out_of_place(m)(x),
+    'view': lambda m, x: m(x[:]),
+    'channels': lambda m, x: m(torch.cat([x, x], 1).chunk(2, 1)[0]),
+    'requires_grad': lambda m, x: m(x.requires_grad_()),
+    'recorded': recorded,
+    'forward_put_around': put_around,
+    'traced_by_fx': lambda m, x: torch.fx.symbolic_trace(m)(x),
+    'compiled': lambda m, x: compiled(m, x)(x),
+    'exported': lambda m, x: exported(m, x)(x),
+}
+
+
 @pytest.mark.parametrize('call', NEVER_IN_PLACE.values(), ids=NEVER_IN_PLACE)
 def test_what_others_may_read_is_never_written_to(make, call, memory_format):
     m, x = make(32, inplace=True).eval(), torch.randn(2, 32, 6, 11).to(memory_format=memory_format)
-    before = x.clone()
+    before, expected = x.clone(), out_of_place(m)(x).detach()
     with torch.no_grad():
         y = call(m, x)
     assert torch.equal(x, before)
-    torch.testing.assert_close(y, out_of_place(m)(before))
-
-
-def test_where_a_graph_is_recorded_the_input_is_not_written_to(make):
-    m, x = make(32, inplace=True).eval(), torch.randn(2, 32, 6, 11)
-    before = x.clone()
-    m(x)  # its parameters require gradients
-    assert torch.equal(x, before)
-
-
-def test_a_forward_that_is_put_around_the_modules_own_sees_its_input(make):
-    m, x = make(32, inplace=True).eval(), torch.randn(2, 32, 6, 11)
-    forward, ratios = m.forward, []
-
-    def around(x):
-        y = forward(x)
-        ratios.append(y / x)
-        return y
-
-    m.forward = around
-    with torch.no_grad():
-        a_h, a_w = m.gates(x)
-        m(x)
-    torch.testing.assert_close(ratios[0], a_h.unsqueeze(3) * a_w.unsqueeze(2))
+    torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
@@ -113,7 +98,7 @@ def test_in_place_can_be_switched_off_for_a_model(create):
         torch.testing.assert_close(*inner_map(timm.create_model(name), x))
 
 
-@pytest.mark.parametrize('feature_cls', [None, 'hook', 'fx'])
+@pytest.mark.parametrize('feature_cls', [None, 'getter', 'hook', 'fx'])
 @pytest.mark.parametrize('name', ['mobilenetv2_050_ela_b', 'resnet18_ela_b', 'resnet50_ela_b'])
 def test_features_are_the_same_in_place(name, feature_cls):
     kwargs = {'feature_cls': feature_cls} if feature_cls else {}

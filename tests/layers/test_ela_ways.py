@@ -1,44 +1,13 @@
-"""Scripted, traced, compiled, exported, copied, transformed: ELA computes the same in every way of PyTorch."""
-import copy
-import pickle
-
+"""Exported, exportable and under vmap ELA computes the same; test_attn_layers.py has the ways of every layer."""
 import pytest
 import timm
 import torch
+from helpers import WAYS, exported
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from timm_ela import EfficientLocalAttention
 
 pytestmark = pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning', 'ignore::torch.jit.TracerWarning')
-
-
-def exported(m, x, **sizes):
-    program = torch.export.export(m, (x,), dynamic_shapes=({i: torch.export.Dim(k) for k, i in sizes.items()},))
-    calls = [n.target for n in program.graph.nodes if n.op == 'call_function']
-    assert {t.namespace for t in calls} == {'aten'}  # what is exported must load where this package is not
-    return program.module()
-
-
-WAYS = {
-    'scripted': lambda m, x: torch.jit.script(m),
-    'traced': lambda m, x: torch.jit.trace(m, x),
-    'symbolically_traced': lambda m, x: torch.fx.symbolic_trace(m),
-    'symbolically_traced_and_scripted': lambda m, x: torch.jit.script(torch.fx.symbolic_trace(m)),
-    'compiled': lambda m, x: torch.compile(m, backend='eager', fullgraph=True),
-    'exported': lambda m, x: exported(m, x, n=0, h=2, w=3),
-    'copied': lambda m, x: copy.deepcopy(m),
-    'pickled': lambda m, x: pickle.loads(pickle.dumps(m)),
-}
-
-
-@pytest.mark.parametrize('way', WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize('variant', ['b', 's'])
-def test_transformed_modules_compute_the_same_at_other_sizes_too(make, variant, way):
-    m = make(32, variant, eps=0.1)
-    transformed = way(m, torch.randn(2, 32, 6, 11))
-    for n, height, width in ((2, 6, 11), (3, 9, 4)):
-        x = torch.randn(n, 32, height, width)
-        torch.testing.assert_close(transformed(x), m(x))
 
 
 def test_a_symbolic_trace_has_one_node_for_each_call(make):

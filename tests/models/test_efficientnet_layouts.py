@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers import load, skeleton
+from helpers import AuthorsELA, load, skeleton
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -36,19 +36,6 @@ class CoordinateAttention(nn.Module):
         y = self.bn1(self.conv1(strips))
         h, w = (y * nn.functional.relu6(y + 3) / 6).split(x.shape[2:], 2)
         return x * self.conv2(h).sigmoid() * self.conv3(w.mT).sigmoid()
-
-
-class LocalAttention(nn.Module):
-    """ELA under its authors' names: by default the size of their ImageNet code, L."""
-
-    def __init__(self, channels: int, kernel: int = 7, group: int = 8) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, groups=channels // group, bias=False)
-        self.gn = nn.GroupNorm(16, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h, w = (self.gn(self.conv(x.mean(dim))).sigmoid() for dim in (3, 2))
-        return x * h.unsqueeze(3) * w.unsqueeze(2)
 
 
 class Residual(nn.Module):
@@ -94,19 +81,11 @@ class TheirMobileNetV2(nn.Module):
 
 THEIRS = {  # their model, and ours that loads it: by graft where theirs has no attention
     'ca': (lambda: TheirMobileNetV2(CoordinateAttention), 'mobilenetv2_ca'),
-    'ela': (lambda: TheirMobileNetV2(LocalAttention), 'mobilenetv2_ela_l'),
-    'ela_s': (lambda: TheirMobileNetV2(lambda c: LocalAttention(c, 5)), 'mobilenetv2_ela_s'),
+    'ela': (lambda: TheirMobileNetV2(lambda c: AuthorsELA(c, 7, c // 8, 16)), 'mobilenetv2_ela_l'),
+    'ela_s': (lambda: TheirMobileNetV2(lambda c: AuthorsELA(c, 5, c // 8, 16)), 'mobilenetv2_ela_s'),
     'plain': (lambda: TheirMobileNetV2(None), 'mobilenetv2_ela_b'),
     'torchvision': (torchvision.models.mobilenet_v2, 'mobilenetv2_ela_s'),
 }
-WRAPPINGS = {
-    'bare': lambda sd: sd,
-    'module': lambda sd: {f'module.{k}': v for k, v in sd.items()},
-    'state_dict': lambda sd: {'state_dict': sd, 'epoch': 3},
-    'both': lambda sd: {'state_dict': {f'module.{k}': v for k, v in sd.items()}, 'arch': 'mbv2'},
-}
-
-
 @pytest.fixture(scope='module')
 def theirs():
     """Each of THEIRS as if trained: where batch norm's statistics are not the data's, the image is lost on the way."""
@@ -129,36 +108,38 @@ def image():
     return torch.randn(2, 3, 97, 64, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(('name', 'wrapping'), [
-    *((name, 'bare') for name in THEIRS), *(('ca', wrapping) for wrapping in WRAPPINGS if wrapping != 'bare')])
-def test_logits_are_those_of_their_own_code(theirs, image, name, wrapping):
+def assert_same_logits(model, theirs, image):
     with torch.no_grad():
-        state_dict = WRAPPINGS[wrapping](theirs[name].state_dict())
-        model = load(THEIRS[name][1], state_dict, dtype=torch.float64).eval()
-        want = theirs[name](image)
+        want = theirs(image)
         assert (want[0] - want[1]).abs().max() > 0.01
-        torch.testing.assert_close(model(image), want, rtol=0, atol=1e-10)
+        torch.testing.assert_close(model.eval()(image), want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', THEIRS)
+def test_logits_are_those_of_their_own_code(theirs, image, name):
+    model = load(THEIRS[name][1], theirs[name].state_dict(), dtype=torch.float64)
+    assert_same_logits(model, theirs[name], image)
+
+
+def write_wrapped(state_dict, path):
+    torch.save({'state_dict': {f'module.{k}': v for k, v in state_dict.items()}, 'arch': 'mbv2'}, path)
+    return str(path)
 
 
 @pytest.mark.parametrize(('name', 'old'), [('ca', True), ('torchvision', False)])
 def test_logits_from_a_file(theirs, image, tmp_path, name, old):
     state_dict = {k: v for k, v in theirs[name].state_dict().items() if not (old and k.endswith('num_batches_tracked'))}
-    path = tmp_path / 'model.pth'
-    torch.save(WRAPPINGS['both'](state_dict), path)
-    overlay = {'file': str(path)}
-    model = timm.create_model(
-        THEIRS[name][1], pretrained=True, pretrained_cfg_overlay=overlay, dtype=torch.float64).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(model(image), theirs[name](image), rtol=0, atol=1e-10)
+    overlay = {'file': write_wrapped(state_dict, tmp_path / 'model.pth')}
+    model = timm.create_model(THEIRS[name][1], pretrained=True, pretrained_cfg_overlay=overlay, dtype=torch.float64)
+    assert_same_logits(model, theirs[name], image)
 
 
 @pytest.mark.parametrize('name', ['ca', 'ela'])
 def test_logits_after_timm_ela_convert(theirs, image, tmp_path, name):
-    torch.save(WRAPPINGS['both'](theirs[name].state_dict()), tmp_path / 'theirs.pth.tar')
-    convert_checkpoint(tmp_path / 'theirs.pth.tar', THEIRS[name][1], tmp_path / 'ours')
-    model = timm.create_model(f'local-dir:{tmp_path / "ours"}', pretrained=True).eval().double()
-    with torch.no_grad():
-        torch.testing.assert_close(model(image), theirs[name](image), rtol=0, atol=1e-10)
+    file = write_wrapped(theirs[name].state_dict(), tmp_path / 'theirs.pth.tar')
+    folder = convert_checkpoint(file, THEIRS[name][1], tmp_path / 'ours')
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).double()
+    assert_same_logits(model, theirs[name], image)
 
 
 @pytest.mark.parametrize(
@@ -184,30 +165,11 @@ def test_every_weight_is_renamed_and_none_invented(theirs):
         assert rename_state_dict(renamed, model) == renamed  # a state dict in timm's names
 
 
-@pytest.mark.parametrize(('name', 'other', 'message'), [
-    ('ca', 'mobilenetv2_ela_l',
-     "'features.2.conv.6.conv1' stands where mobilenetv2_ela_l has 'blocks.1.0.se.conv': it is of another"),
-    ('ela', 'mobilenetv2_ca', "'features.2.conv.6.conv' stands where mobilenetv2_ca has 'blocks.1.0.se.conv1'"),
-    ('torchvision', 'mobilenetv2_110d_ela_b',
-     "'classifier.1' stands where mobilenetv2_110d_ela_b has 'blocks.5.0.conv_dw'"),
-    ('torchvision', 'resnet18_ela_b', 'Cannot graft onto resnet18_ela_b: the checkpoint lacks'),
-])
-def test_what_does_not_map_is_named(theirs, name, other, message):
-    for kwargs in ({}, {'num_classes': 7}, {'features_only': True}):
-        with pytest.raises(RuntimeError, match=re.escape(message)):
-            load(other, theirs[name].state_dict(), device='meta', **kwargs)
-
-
-def test_an_unknown_weight_is_named(theirs):
-    for kwargs in ({}, {'num_classes': 7}, {'features_only': True}):
-        with pytest.raises(RuntimeError, match="'extra' stands where mobilenetv2_ca has 'nothing more'"):
-            load('mobilenetv2_ca', {**theirs['ca'].state_dict(), 'extra.weight': torch.ones(1)}, **kwargs)
-
-
-def test_weights_of_another_width_or_size_are_refused(theirs):
-    for name, other in (('ela', 'mobilenetv2_ela_s'), ('ca', 'mobilenetv2_140_ca'), ('plain', 'mobilenetv2_140_ela_b')):
-        with pytest.raises(RuntimeError, match='in the checkpoint and'):
-            load(other, theirs[name].state_dict())
+@pytest.mark.parametrize(('name', 'other'), [
+    ('ela', 'mobilenetv2_ela_s'), ('ca', 'mobilenetv2_140_ca'), ('plain', 'mobilenetv2_140_ela_b')])
+def test_weights_of_another_width_or_size_are_refused(theirs, name, other):
+    with pytest.raises(RuntimeError, match='in the checkpoint and'):
+        load(other, theirs[name].state_dict(), device='meta')
 
 
 # EfficientNet-PyTorch's names, written out of timm's. In blocks that do not expand, batch norms are counted from 1.
@@ -252,76 +214,67 @@ def test_efficientnet_pytorchs_names_load(randomize, base, layer, kwargs):
             assert torch.equal(model(x), source(x))
 
 
-@pytest.mark.parametrize('layer', ['ela_b', 'se', 'sa'])
-def test_squeeze_and_excitation_of_another_efficientnet_is_named(layer):
-    b0 = {}
-    for key, value in efficientnet_pytorch(skeleton('tf_efficientnet_lite0')).items():
+@pytest.fixture(scope='module')
+def checkpoints(theirs):
+    """Weights in each layout, and two that fit no model of ours."""
+    lite0, b0 = efficientnet_pytorch(timm.create_model('tf_efficientnet_lite0')), {}
+    for key, value in lite0.items():
         if key.endswith('_project_conv.weight'):
             block = key.partition('._project')[0]
             b0 |= {f'{block}._se_{part}.{kind}': torch.ones((1,) * ndim)
                    for part in ('reduce', 'expand') for kind, ndim in (('weight', 4), ('bias', 1))}
         b0[key] = value
-    message = f"'_blocks.0._se_reduce' stands where tf_efficientnet_lite0_{layer} has 'blocks.0.0.conv_pw'"
-    for kwargs in ({}, {'num_classes': 7}, {'features_only': True}):
-        with pytest.raises(RuntimeError, match=message):
-            load(f'tf_efficientnet_lite0_{layer}', b0, device='meta', **kwargs)
+    layouts = {'efficientnet_pytorch': lite0, **{name: model.state_dict() for name, model in theirs.items()}}
+    return {**layouts, 'b0': b0, 'extra': {**layouts['ca'], 'extra.weight': torch.ones(1)}}
 
 
-@pytest.mark.parametrize(('name', 'message'), [
-    ('tf_efficientnet_lite1_ela_b', "'_fc' stands where tf_efficientnet_lite1_ela_b has 'blocks.5.1.conv_dw'"),
-    ('mobilenetv2_ela_b', "'_fc' stands where mobilenetv2_ela_b has 'blocks.6.0.conv_dw'"),
-    ('mobilenetv2_sa', 'stands where mobilenetv2_sa has'),
+LITE = 'tf_efficientnet_lite0_ela_b'
+KWARGS = pytest.mark.parametrize('kwargs', [{}, {'num_classes': 7}, {'features_only': True}, {'in_chans': 1}], ids=str)
+
+
+@KWARGS
+@pytest.mark.parametrize(('name', 'other', 'message'), [
+    ('ca', 'mobilenetv2_ela_l',
+     "'features.2.conv.6.conv1' stands where mobilenetv2_ela_l has 'blocks.1.0.se.conv': it is of another"),
+    ('ela', 'mobilenetv2_ca', "'features.2.conv.6.conv' stands where mobilenetv2_ca has 'blocks.1.0.se.conv1'"),
+    ('torchvision', 'mobilenetv2_110d_ela_b',
+     "'classifier.1' stands where mobilenetv2_110d_ela_b has 'blocks.5.0.conv_dw'"),
+    ('torchvision', 'resnet18_ela_b', 'Cannot graft onto resnet18_ela_b: the checkpoint lacks'),
+    ('extra', 'mobilenetv2_ca', "'extra' stands where mobilenetv2_ca has 'nothing more'"),
+    *(('b0', name, f"'_blocks.0._se_reduce' stands where {name} has 'blocks.0.0.conv_pw'")
+      for name in (LITE, 'tf_efficientnet_lite0_se', 'tf_efficientnet_lite0_sa')),
+    ('efficientnet_pytorch', 'tf_efficientnet_lite1_ela_b',
+     "'_fc' stands where tf_efficientnet_lite1_ela_b has 'blocks.5.1.conv_dw'"),
+    ('efficientnet_pytorch', 'mobilenetv2_ela_b', "'_fc' stands where mobilenetv2_ela_b has 'blocks.6.0.conv_dw'"),
+    ('efficientnet_pytorch', 'mobilenetv2_sa', 'stands where mobilenetv2_sa has'),
 ])
-def test_efficientnet_pytorchs_names_for_another_backbone_are_refused_by_the_first_that_differs(name, message):
-    with pytest.raises(RuntimeError, match=message):
-        load(name, efficientnet_pytorch(skeleton('tf_efficientnet_lite0')), device='meta')
+def test_what_does_not_map_is_named(checkpoints, name, other, message, kwargs):
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        load(other, checkpoints[name], device='meta', **kwargs)
 
 
-# -- Order -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def checkpoint(theirs):
-    """A checkpoint in one of the layouts, and the model of ours for it."""
-    def checkpoint(name):
-        if name == 'efficientnet_pytorch':
-            return efficientnet_pytorch(timm.create_model('tf_efficientnet_lite0')), 'tf_efficientnet_lite0_ela_b'
-        return theirs[name].state_dict(), THEIRS[name][1]
-
-    return checkpoint
-
-
-LAYOUTS = pytest.mark.parametrize('name', [*THEIRS, 'efficientnet_pytorch'])
+LAYOUTS = pytest.mark.parametrize(
+    ('name', 'model'), [('efficientnet_pytorch', LITE), *((name, model) for name, (_, model) in THEIRS.items())])
 SORTED = 'The checkpoint is read by order, and .* its names are sorted, as in a safetensors file'
 
 
 @LAYOUTS
-def test_a_safetensors_file_has_lost_the_order_and_is_refused(checkpoint, tmp_path, name):
-    state_dict, model = checkpoint(name)
-    save_file(state_dict, tmp_path / 'model.safetensors')
-    for overlay in ({}, {'num_classes': 7}):
-        overlay['file'] = str(tmp_path / 'model.safetensors')
-        with pytest.raises(RuntimeError, match=SORTED):
-            timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
+def test_a_safetensors_file_has_lost_the_order_and_is_refused(checkpoints, tmp_path, name, model):
+    file = tmp_path / 'model.safetensors'
+    save_file(checkpoints[name], file)
     with pytest.raises(RuntimeError, match=SORTED):
-        convert_checkpoint(tmp_path / 'model.safetensors', model, tmp_path / 'ours')
+        timm.create_model(model, pretrained=True, pretrained_cfg_overlay={'file': str(file)})
+    with pytest.raises(RuntimeError, match=SORTED):
+        convert_checkpoint(file, model, tmp_path / 'ours')
     assert not (tmp_path / 'ours').exists()
 
 
+@KWARGS
 @LAYOUTS
-@pytest.mark.parametrize('kwargs', [{}, {'num_classes': 7}, {'features_only': True}, {'in_chans': 1}], ids=str)
-def test_sorted_names_are_refused(checkpoint, name, kwargs):
-    state_dict, model = checkpoint(name)
+@pytest.mark.parametrize(('order', 'message'), [
+    (sorted, SORTED), (reversed, 'read by order, .* it is of another architecture, or not in the original')])
+def test_weights_in_another_order_are_refused(checkpoints, name, model, order, message, kwargs):
     for old in (False, True):
-        mixed = dict(sorted(state_dict.items()))
-        if old:
-            mixed = {k: v for k, v in mixed.items() if not k.endswith('num_batches_tracked')}
-        with pytest.raises(RuntimeError, match=SORTED):
-            load(model, mixed, device='meta', **kwargs)
-
-
-@LAYOUTS
-def test_any_other_order_is_refused(checkpoint, name):
-    state_dict, model = checkpoint(name)
-    with pytest.raises(RuntimeError, match='read by order, .* it is of another architecture, or not in the original'):
-        load(model, dict(reversed(state_dict.items())), device='meta')
+        names = [k for k in order(checkpoints[name]) if not (old and k.endswith('num_batches_tracked'))]
+        with pytest.raises(RuntimeError, match=message):
+            load(model, {k: checkpoints[name][k] for k in names}, device='meta', **kwargs)
