@@ -19,7 +19,8 @@ VERSIONS = {
 TESTS = ['layers', 'models', 'hub/test_push.py', 'test_autoload.py']
 # PyTorch 2.5 exports no dynamic height and width of a plain ResNet either, and no batch norm of a layer alone to ONNX.
 DESELECTED = {
-    'lowest': 'not exports_with_any_height_and_width and not (attn_layers and (exported or onnxruntime))'}
+    'lowest': 'not exports_with_any_height_and_width '
+              'and not (attn_layers and (exported and not ela_ or onnxruntime))'}
 REPORT = '''
 import sys, huggingface_hub, timm, torch
 print('Python', sys.version.split()[0], *(f'{m.__name__} {m.__version__}' for m in (torch, timm, huggingface_hub)))

@@ -3,13 +3,14 @@
 What is imported first, and in which environment, is what the tests with processes of their own test.
 """
 import copy
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -173,6 +174,19 @@ def assert_same_first_step(model: nn.Module, plain: nn.Module, x: Tensor, y: Ten
     assert abs(median(ratios.values()) - 1) < MEDIAN_STEP
 
 
+def assert_every_gradient(model: nn.Module, x: Tensor) -> None:
+    """Asserts that a step of training reaches every parameter, and that checkpointing keeps the gradients."""
+    gradients = []
+    for enable in (False, True):
+        model.train().set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append({k: p.grad for k, p in model.named_parameters()})
+    for k, g in gradients[0].items():
+        assert g.abs().max() > 0, k
+        torch.testing.assert_close(gradients[1][k], g, msg=lambda m, k=k: f'{k}: {m}')
+
+
 class FullSize(TorchDispatchMode):
     """Counts the allocations of at least this many elements."""
 
@@ -215,7 +229,7 @@ def exported(m, x, **sizes):
     """Exported with these dimensions of x (N, C, H, W) free, such as n=0."""
     dynamic_shapes = ({i: torch.export.Dim(k, min=1 if k == 'n' else 2) for k, i in sizes.items()},)
     program = torch.export.export(m, (x,), dynamic_shapes=dynamic_shapes)
-    calls = [n.target for n in program.graph.nodes if n.op == 'call_function']
+    calls = [n.target for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
     assert {t.namespace for t in calls} == {'aten'}  # what is exported must load where this package is not
     return program.module()
 
@@ -231,3 +245,13 @@ WAYS = {
     'copied': lambda m, x: copy.deepcopy(m),
     'pickled': lambda m, x: pickle.loads(pickle.dumps(m)),
 }
+
+
+def in_onnxruntime(model: nn.Module | torch.export.ExportedProgram, *args: Tensor) -> Callable[[Tensor], Tensor]:
+    """What onnxruntime calls in place of a model, or of a program, which needs no arguments."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    file = io.BytesIO()
+    torch.onnx.export(model, args, dynamo=True, verbose=False).save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=['CPUExecutionProvider'])
+    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])

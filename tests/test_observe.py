@@ -22,8 +22,8 @@ def image():
 
 @pytest.fixture
 def make_model(randomize):
-    def make(name='resnet18_ela_t', size=(64, 96), cfg=None, **kwargs):
-        kwargs = {'num_classes': 10, 'pretrained_cfg_overlay': {'input_size': (3, *size), **(cfg or {})}, **kwargs}
+    def make(name='resnet18_ela_t', cfg=None, **kwargs):
+        kwargs = {'num_classes': 10, 'pretrained_cfg_overlay': {'input_size': (3, 64, 96), **(cfg or {})}, **kwargs}
         return randomize(timm.create_model(name, **kwargs)).eval()
 
     return make
@@ -60,9 +60,6 @@ def test_the_gates_are_the_formula(make_model, image, stage, name):
         assert (gate.stage, gate.of, gate.varies_most) == (stage, of, gate is varying)
         for drawn, right in zip((gate.map, gate.a_h, gate.a_w, gate.all), (*expected, both), strict=True):
             np.testing.assert_allclose(drawn, right, rtol=1e-4, atol=1e-6)
-    for channel in (count, -1):
-        with pytest.raises(ValueError, match=rf'^Stage {stage} has channels 0 to {count - 1}, got {channel}\.$'):
-            observe(image, model, [stage], channel=channel)
 
 
 @pytest.mark.parametrize('name, kwargs, modules', [
@@ -70,13 +67,16 @@ def test_the_gates_are_the_formula(make_model, image, stage, name):
     ('resnet18_ela_t', {'features_only': True, 'num_classes': None, 'out_indices': (1, 2)},
      {1: 'layer1.1.se', 2: 'layer2.1.se'}),
     # timm's feature 3 ends with blocks.4, two levels after feature 2
-    ('mobilenetv2_ela_t', {}, {1: 'blocks.1.1.se', 2: 'blocks.2.2.se', 3: 'blocks.4.2.se', 4: 'blocks.6.0.se'}),
+    ('mobilenetv2_ela_t', {'num_classes': 0},
+     {1: 'blocks.1.1.se', 2: 'blocks.2.2.se', 3: 'blocks.4.2.se', 4: 'blocks.6.0.se'}),
 ])
-def test_by_default_each_stage_shows_its_last_ela_module(make_model, image, name, kwargs, modules):
+def test_by_default_each_stage_shows_its_last_ela_module_also_without_a_classifier(
+        make_model, image, name, kwargs, modules):
     model = make_model(name, **kwargs)
-    gates = observe(image, model).gates
-    assert [gate.stage for gate in gates] == list(modules)
-    for gate, module in zip(gates, modules.values(), strict=True):
+    seen = observe(image, model)
+    assert (seen.cam is None) == (seen.classes == []) == bool(kwargs)
+    assert [gate.stage for gate in seen.gates] == list(modules)
+    for gate, module in zip(seen.gates, modules.values(), strict=True):
         a_h, a_w = expected_gates(model, image, module)
         np.testing.assert_allclose(gate.all, a_h[:, :, None] * a_w[:, None, :], rtol=1e-4, atol=1e-6)
 
@@ -89,14 +89,9 @@ def test_the_picture_is_what_the_model_saw(make_model, image):
 
 
 @pytest.mark.parametrize('kwargs', [{}, {'features_only': True, 'num_classes': None}])
-@pytest.mark.parametrize('channels', [1, 2, 3, 4, 6])
+@pytest.mark.parametrize('channels', [1, 3, 4])
 def test_grey_rgb_and_rgba_can_be_read(make_model, image, channels, kwargs):
-    model = make_model(in_chans=channels, **kwargs)
-    if channels in (2, 6):
-        with pytest.raises(ValueError, match=rf'takes {channels} channels; plot reads pictures of 1 \(grey\), 3 .* 4 '):
-            observe(image, model)
-        return
-    inputs = []
+    model, inputs = make_model(in_chans=channels, **kwargs), []
     model.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach()))
     image.putalpha(Image.linear_gradient('L').resize(image.size))
     seen = observe(image, model)
@@ -155,13 +150,6 @@ def test_any_model_of_timm_and_any_layer_has_a_grad_cam(randomize, image, name):
     assert seen.cam_class == seen.classes[0][1]
 
 
-def test_a_model_whose_features_are_no_maps_is_refused():
-    model = Toy('NCHW')
-    model.feature_info = [{'module': 'embed.weight', 'num_chs': 2, 'reduction': 8}]
-    with pytest.raises(ValueError, match=r'^Toy has no feature map for Grad-CAM: '):
-        observe(Image.new('RGB', (48, 32)), model)
-
-
 def test_a_model_of_ones_own_shows_its_gates(image):
     model = nn.Sequential(nn.Conv2d(3, 32, 8, 8), EfficientLocalAttention(32), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model.num_classes = 32
@@ -176,9 +164,6 @@ def test_grad_cam_explains_the_class_that_is_asked_for(make_model, image):
     top = int(model(transformed(image, model)).argmax())
     assert [one.cam_class for one in seen] == [f'class {index}' for index in (top, 0, 9)]
     assert not np.allclose(seen[1].cam, seen[2].cam)
-    for index in (10, -1):
-        with pytest.raises(ValueError, match=rf'^resnet18_ela_t has classes 0 to 9, got {index}\.$'):
-            observe(image, model, class_index=index)
 
 
 @pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
@@ -258,20 +243,27 @@ def test_a_thousand_classes_are_imagenets(make_model, image):
     assert name == 'tabby, tabby cat' and p == pytest.approx(np.e / (np.e + 999))
 
 
-@pytest.mark.parametrize('kwargs', [{'num_classes': 0}, {'features_only': True, 'num_classes': None}])
-def test_without_a_classifier_there_are_gates_but_no_classes(make_model, image, kwargs):
-    seen = observe(image, make_model(**kwargs))
-    assert len(seen.gates) == 4 and seen.cam is None and seen.classes == []
+@pytest.mark.parametrize('kwargs, told', [
+    ({'class_index': 10}, 'resnet18_ela_t has classes 0 to 9, got 10.'),
+    ({'class_index': -1}, 'resnet18_ela_t has classes 0 to 9, got -1.'),
+    ({'stages': [2], 'channel': 128}, 'Stage 2 has channels 0 to 127, got 128.'),
+    ({'stages': [2], 'channel': -1}, 'Stage 2 has channels 0 to 127, got -1.'),
+    ({'stages': [1, 0]}, 'resnet18_ela_t has no ELA in stage 0, only in 1, 2, 3, 4.'),
+    ({'class_names': ['a', 'b']}, 'The model has 10 classes, but 2 class names were given.'),
+], ids=str)
+def test_what_cannot_be_shown_is_said(make_model, image, kwargs, told):
+    with pytest.raises(ValueError, match=f'^{re.escape(told)}$'):
+        observe(image, make_model(), **kwargs)
 
 
-def test_what_cannot_be_shown_is_said(make_model, image):
-    model = make_model()
-    for call, told in [
-        (lambda: observe(image, timm.create_model('resnet18', num_classes=0)),
-         'resnet18 has neither classes nor ELA: there is nothing to plot.'),
-        (lambda: observe(image, model, [1, 0]), 'resnet18_ela_t has no ELA in stage 0, only in 1, 2, 3, 4.'),
-        (lambda: observe(image, model, class_names=['a', 'b']),
-         'The model has 10 classes, but 2 class names were given.'),
+def test_a_model_that_cannot_be_shown_is_named(make_model, image):
+    without_maps = Toy('NCHW')
+    without_maps.feature_info = [{'module': 'embed.weight', 'num_chs': 2, 'reduction': 8}]
+    for model, told in [
+        (make_model('resnet18', num_classes=0), 'resnet18 has neither classes nor ELA: there is nothing to plot.'),
+        (without_maps, 'Toy has no feature map for Grad-CAM: '),
+        (make_model(in_chans=2), 'resnet18_ela_t takes 2 channels; plot reads pictures of 1 (grey), 3 (RGB) or 4 '),
+        (make_model(in_chans=6), 'resnet18_ela_t takes 6 channels; plot reads pictures of 1 (grey), 3 (RGB) or 4 '),
     ]:
-        with pytest.raises(ValueError, match=f'^{re.escape(told)}$'):
-            call()
+        with pytest.raises(ValueError, match=f'^{re.escape(told)}'):
+            observe(image, model)

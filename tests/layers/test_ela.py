@@ -1,6 +1,7 @@
-"""EfficientLocalAttention computes the paper's formula, and behaves like any layer of timm and PyTorch."""
-import copy
+"""EfficientLocalAttention computes what its authors' module does, and behaves like any layer of timm and PyTorch.
 
+The paper's formula, written out, is in test_attn_layers.py.
+"""
 import pytest
 import timm
 import torch
@@ -9,43 +10,6 @@ from timm.layers import create_attn
 from torch.func import functional_call
 
 from timm_ela import VARIANTS, EfficientLocalAttention
-
-PAPER = {  # kernel size, channels per group of the convolution, GroupNorm groups
-    't': (5, 1, 32),
-    'b': (7, 1, 16),
-    's': (5, 8, 16),
-    'l': (7, 8, 16),
-}
-
-
-def literal_ela(x, weight, gamma, beta, num_groups, eps=1e-5):
-    """The formula, one group of channels and one tap at a time, sharing nothing with the package."""
-    n, channels, height, width = x.shape
-    _, group_size, taps = weight.shape
-    share = channels // num_groups
-
-    def gate(z):
-        length = z.shape[2]
-        zeros = z.new_zeros(n, channels, taps // 2)
-        padded = torch.cat([zeros, z, zeros], dim=2)
-        convolved = torch.cat([
-            sum(weight[g:g + group_size, :, t] @ padded[:, g:g + group_size, t:t + length] for t in range(taps))
-            for g in range(0, channels, group_size)], dim=1)
-        normed = []
-        for part in convolved.split(share, dim=1):
-            mean = part.sum(dim=(1, 2), keepdim=True) / (share * length)
-            var = ((part - mean) ** 2).sum(dim=(1, 2), keepdim=True) / (share * length)
-            normed.append((part - mean) / (var + eps) ** 0.5)
-        return 1 / (1 + torch.exp(-(torch.cat(normed, dim=1) * gamma.view(1, -1, 1) + beta.view(1, -1, 1))))
-
-    a_h = gate(sum(x[:, :, :, w] for w in range(width)) / width)
-    a_w = gate(sum(x[:, :, h, :] for h in range(height)) / height)
-    return x * a_h.view(n, channels, height, 1) * a_w.view(n, channels, 1, width), a_h, a_w
-
-
-def literal_of(m, x):
-    return literal_ela(x, m.conv.weight, m.gn.weight, m.gn.bias, m.gn.num_groups, m.gn.eps)
-
 
 SHAPES = {
     'wide': (2, 64, 6, 11),
@@ -61,17 +25,17 @@ SHAPES = {
 @pytest.mark.usefixtures('either_way')
 @pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_output_and_every_gradient_are_those_of_the_formula(make, variant, shape):
+def test_output_and_every_gradient_are_the_authors(make, authors, variant, shape):
     m = make(shape[1], variant, dtype=torch.float64)
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    inputs = (x, m.conv.weight, m.gn.weight, m.gn.bias)
-    y, (expected, a_h, a_w) = m(x), literal_of(m, x)
-    upstream = torch.randn_like(y)
-    grads, expected_grads = (torch.autograd.grad(out, inputs, upstream) for out in (y, expected))
+    x, theirs, grads = torch.randn(shape, dtype=torch.float64, requires_grad=True), authors(m), []
+    outputs, (expected, *gates) = (m(x), *m.gates(x)), (theirs(x), *theirs.gates(x))
+    upstream = [torch.randn_like(y) for y in outputs]
     close = {'rtol': 1e-9, 'atol': 1e-10}
-    torch.testing.assert_close(y, expected, **close)
-    torch.testing.assert_close(m.gates(x), (a_h, a_w), **close)
-    for got, want in zip(grads, expected_grads, strict=True):
+    torch.testing.assert_close(outputs, (expected, *gates), **close)
+    for net, ys in ((m, outputs), (theirs, (expected, *gates))):
+        of_output = torch.autograd.grad(ys[:1], (x, *net.parameters()), upstream[:1], retain_graph=True)
+        grads.append([*of_output, *torch.autograd.grad(ys[1:], (x, *net.parameters()), upstream[1:])])
+    for got, want in zip(*grads, strict=True):
         assert want.abs().max() > 1e-3  # a gradient that vanishes would compare equal to anything that vanishes
         torch.testing.assert_close(got, want, **close)
     with torch.no_grad():
@@ -85,7 +49,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torc
 @pytest.mark.parametrize('no_grad', [False, True], ids=['grad', 'no_grad'])
 @pytest.mark.parametrize(
     ('dtype', 'autocast'), [*((d, False) for d in TOLERANCE), (torch.float32, True), (torch.bfloat16, True)], ids=str)
-def test_dtype_and_memory_format_of_the_input_are_kept(make, dtype, memory_format, autocast, no_grad):
+def test_dtype_and_memory_format_of_the_input_are_kept(make, authors, dtype, memory_format, autocast, no_grad):
     m = make(32, 's', dtype=torch.float32 if autocast else dtype)
     x = torch.randn(2, 32, 6, 11).to(dtype).to(memory_format=memory_format)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast), torch.set_grad_enabled(not no_grad):
@@ -93,7 +57,7 @@ def test_dtype_and_memory_format_of_the_input_are_kept(make, dtype, memory_forma
     assert {t.dtype for t in (y, *gates)} == {dtype}  # a wider gate would promote the whole activation
     assert y.stride() == x.stride()
     assert y.requires_grad is not no_grad
-    expected = literal_of(copy.deepcopy(m).double(), x.double())[0]
+    expected = authors(m).double()(x.double())
     tolerance = TOLERANCE[torch.bfloat16 if autocast else dtype]
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -139,53 +103,26 @@ def test_first_and_second_derivatives_pass_gradcheck(make, variant, size, memory
     assert torch.autograd.gradgradcheck(f, inputs, fast_mode=True)
 
 
-def test_variants_are_those_of_the_paper():
-    assert {k: (v['kernel_size'], v['group_size'], v['num_groups']) for k, v in VARIANTS.items()} == PAPER
-
-
-@pytest.mark.parametrize('channels', [32, 64, 144, 960])
-@pytest.mark.parametrize('variant', PAPER)
-def test_layers_have_the_sizes_of_the_paper(variant, channels):
-    kernel_size, group_size, num_groups = PAPER[variant]
-    m = EfficientLocalAttention(channels, variant)
-    assert m.conv.weight.shape == (channels, group_size, kernel_size)
-    assert m.conv.bias is None
-    if channels % num_groups == 0:
-        assert m.gn.num_groups == num_groups
-    assert m.gn.eps == 1e-5
+@pytest.mark.parametrize(('channels', 'kwargs', 'weight', 'groups'), [
+    (64, {'variant': 't'}, (64, 1, 5), 32),
+    (64, {'variant': 'b'}, (64, 1, 7), 16),
+    (64, {'variant': 's'}, (64, 8, 5), 16),
+    (960, {'variant': 'l'}, (960, 8, 7), 16),
+    (64, {}, (64, 1, 7), 16),
+    # where the published groups do not divide the channels: their greatest common divisor
+    (144, {'variant': 't'}, (144, 1, 5), 16),
+    (24, {}, (24, 1, 7), 8),
+    (7, {'num_groups': 32}, (7, 1, 7), 1),
+    (64, {'kernel_size': 3}, (64, 1, 3), 16),
+    (64, {'group_size': 4}, (64, 4, 7), 16),
+    (64, {'num_groups': 4}, (64, 1, 7), 4),
+    (64, {'eps': 0.1}, (64, 1, 7), 16),
+], ids=str)
+def test_sizes_are_the_papers_and_each_can_be_overridden_alone(channels, kwargs, weight, groups):
+    m = EfficientLocalAttention(channels, **kwargs)
+    assert m.conv.weight.shape == weight and m.conv.bias is None
+    assert m.gn.num_groups == groups and m.gn.eps == kwargs.get('eps', 1e-5)
     assert torch.equal(m.gn.weight, torch.ones(channels)) and torch.equal(m.gn.bias, torch.zeros(channels))
-
-
-@pytest.mark.parametrize(('channels', 'num_groups', 'used'), [(144, 32, 16), (144, 16, 16), (24, 16, 8), (7, 32, 1)])
-def test_where_the_published_groups_do_not_divide_the_channels_their_gcd_is_used(channels, num_groups, used):
-    assert EfficientLocalAttention(channels, num_groups=num_groups).gn.num_groups == used
-
-
-def test_the_default_variant_is_base():
-    default, base = EfficientLocalAttention(64), EfficientLocalAttention(64, 'b')
-    assert (default.conv.weight.shape, default.gn.num_groups) == (base.conv.weight.shape, base.gn.num_groups)
-
-
-OVERRIDES = [
-    ({'kernel_size': 3}, (3, 1, 16, 1e-5)),
-    ({'group_size': 4}, (7, 4, 16, 1e-5)),
-    ({'num_groups': 4}, (7, 1, 4, 1e-5)),
-    ({'eps': 0.1}, (7, 1, 16, 0.1)),
-]
-
-
-@pytest.mark.parametrize(('override', 'sizes'), OVERRIDES, ids=lambda v: next(iter(v), '') if type(v) is dict else '')
-def test_each_size_can_be_overridden_alone_and_is_used(make, override, sizes):
-    m = make(32, 'b', **override, dtype=torch.float64)
-    assert (*m.conv.weight.shape[:0:-1], m.gn.num_groups, m.gn.eps) == sizes
-    x = torch.randn(2, 32, 5, 8, dtype=torch.float64)
-    expected = literal_ela(x, m.conv.weight, m.gn.weight, m.gn.bias, *sizes[2:])[0]
-    torch.testing.assert_close(m(x), expected, rtol=1e-9, atol=1e-10)
-
-
-def test_device_and_dtype_reach_every_parameter():
-    m = EfficientLocalAttention(64, device='meta', dtype=torch.bfloat16)
-    assert {(p.device.type, p.dtype) for p in m.parameters()} == {('meta', torch.bfloat16)}
 
 
 @pytest.mark.parametrize(('call', 'value'), [
@@ -211,16 +148,6 @@ def test_group_norm_says_itself_that_a_group_holds_a_single_value(shape):
         EfficientLocalAttention(16, 'b').eval()(torch.randn(shape))
 
 
-@pytest.mark.parametrize('variant', PAPER)
-def test_weights_of_the_authors_module_load_as_they_are(make, authors, variant):
-    theirs = authors(make(64, variant))
-    assert set(theirs.state_dict()) == {'conv.weight', 'gn.weight', 'gn.bias'}
-    ours = EfficientLocalAttention(64, variant)
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 64, 6, 11)
-    torch.testing.assert_close(ours(x), theirs(x))
-
-
 @pytest.mark.parametrize('shape', [(2, 64, 5), (64, 5, 5), (2, 32, 5, 7), (2, 1, 5, 7), (2, 64, 5, 7, 3)], ids=str)
 def test_an_input_of_another_shape_is_refused(shape):
     for call in (EfficientLocalAttention(64), EfficientLocalAttention(64).gates):
@@ -236,16 +163,11 @@ def test_mixed_dtypes_are_refused(name):
         m(torch.randn(2, 32, 5, 5))
 
 
-def test_timm_builds_it_as_an_attention_layer_of_its_own_resnet():
-    model = timm.create_model('resnet50', block_args={'attn_layer': EfficientLocalAttention}, num_classes=3).eval()
-    assert [m.gn.num_channels for m in model.modules() if isinstance(m, EfficientLocalAttention)] == \
-        [256] * 3 + [512] * 4 + [1024] * 6 + [2048] * 3
-    assert model(torch.randn(1, 3, 64, 48)).shape == (1, 3)
-    assert isinstance(create_attn(EfficientLocalAttention, 64), EfficientLocalAttention)
-
-
-def test_timm_builds_it_as_the_attention_layer_of_an_efficientnet():
-    model = timm.create_model('efficientnet_b0', se_layer=EfficientLocalAttention, num_classes=3).eval()
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('resnet50', {'block_args': {'attn_layer': EfficientLocalAttention}}),
+    ('efficientnet_b0', {'se_layer': EfficientLocalAttention})])
+def test_timm_builds_it_as_the_attention_layer_of_its_own_models(name, kwargs):
+    model = timm.create_model(name, num_classes=3, **kwargs).eval()
     assert sum(isinstance(m, EfficientLocalAttention) for m in model.modules()) == 16
     assert model(torch.randn(1, 3, 64, 48)).shape == (1, 3)
 

@@ -9,13 +9,11 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers import AuthorsELA, load, skeleton
+from helpers import AuthorsELA, load
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from timm_ela.hub.publish import convert_checkpoint
-from timm_ela.models.efficientnet_layouts import rename_state_dict
-from timm_ela.models.registry import graft_state_dict
 
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
@@ -154,15 +152,6 @@ def test_they_are_adapted_as_timms_own(theirs, image, name, kwargs):
         else:
             y = model(image)[-1] if 'features_only' in kwargs else model.blocks(model.bn1(model.conv_stem(image)))
             torch.testing.assert_close(y, theirs[name].features[:18](image), rtol=0, atol=1e-10)
-
-
-def test_every_weight_is_renamed_and_none_invented(theirs):
-    for name in ('ca', 'ela'):
-        state_dict, model = theirs[name].state_dict(), skeleton(THEIRS[name][1])
-        renamed = rename_state_dict(state_dict, model)
-        assert renamed.keys() == model.state_dict().keys() and len(renamed) == len(state_dict)
-        assert graft_state_dict(state_dict, model).keys() == renamed.keys()
-        assert rename_state_dict(renamed, model) == renamed  # a state dict in timm's names
 
 
 @pytest.mark.parametrize(('name', 'other'), [

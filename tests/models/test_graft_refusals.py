@@ -47,13 +47,16 @@ def test_a_checkpoint_with_some_of_the_attention_weights_is_refused(base, layer,
     ('tf_efficientnet_lite0_se', 'tf_efficientnet_lite1',
      "has 90 unexpected weights, first 'blocks.1.2.conv_pw.weight'"),
     ('tf_efficientnet_lite0_cbam', 'mobilenetv2_100', "lacks 15 weights, first 'blocks.5.3.conv_pw.weight'"),
+    ('elsa_swin_tiny', 'swin_tiny_patch4_window7_224', "first 'layers.0.blocks.0.attn.ghost_head'"),
+    ('elsa_volo_d1', 'volo_d1_224', "lacks 32 weights, first 'network.0.0.attn.ghost_head'"),
+    ('elsa_volo_d1', 'elsa_volo_d2', "has 76 unexpected weights, first 'network.0.4.norm1.weight'"),
 ])
 def test_a_checkpoint_of_another_architecture_is_refused_with_the_first_key_that_differs(name, other, reason, kwargs):
     with pytest.raises(RuntimeError) as error:
         load(name, skeleton(other).state_dict(), device='meta', **kwargs)
     message = str(error.value)
-    assert message.startswith(f'Cannot graft onto {name}: ') and '\n' not in message
-    assert reason in message
+    begin = f'The weights are not those of {name}: ' if name.startswith('elsa') else f'Cannot graft onto {name}: '
+    assert message.startswith(begin) and reason in message and '\n' not in message
 
 
 @pytest.mark.parametrize('kwargs', [{}, {'num_classes': 7}, {'in_chans': 1}], ids=str)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from helpers import attentions, on_cpu, run_python, skeleton, slot_blocks
+from helpers import assert_every_gradient, attentions, in_onnxruntime, on_cpu, run_python, skeleton, slot_blocks
 from timm.models import group_parameters, model_entrypoint
 
 from timm_ela import EfficientLocalAttention
@@ -109,16 +109,7 @@ def test_an_unknown_slot_is_refused():
 
 @pytest.mark.parametrize('name', FEW)
 def test_every_parameter_has_a_gradient_and_checkpointing_keeps_it(build, image, name):
-    model = build(name).train()
-    gradients = []
-    for enable in (False, True):
-        model.set_grad_checkpointing(enable)
-        model.zero_grad()
-        model(image).square().sum().backward()
-        gradients.append({k: p.grad for k, p in model.named_parameters()})
-    for k, g in gradients[0].items():
-        assert g.abs().max() > 0, k
-        torch.testing.assert_close(gradients[1][k], g, msg=lambda m, k=k: f'{k}: {m}')
+    assert_every_gradient(build(name), image)
 
 
 @pytest.mark.parametrize('coarse', [False, True])
@@ -195,12 +186,8 @@ def test_exports_with_any_height_and_width(build_shallow, image, name):
 
 
 @on_cpu
-def test_padding_same_exports_with_any_height_and_width_to_onnx(build_shallow, image, tmp_path):
-    onnxruntime = pytest.importorskip('onnxruntime')
-    pytest.importorskip('onnxscript')
+def test_padding_same_exports_with_any_height_and_width_to_onnx(build_shallow, image):
     model = build_shallow(FEW[3])
-    torch.onnx.export(export(model, image), (), tmp_path / 'model.onnx', dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
+    session = in_onnxruntime(export(model, image))
     for x in (image, torch.randn(2, 3, 41, 80)):
-        logits, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(logits), model(x).detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(session(x), model(x).detach(), rtol=1e-4, atol=1e-4)
