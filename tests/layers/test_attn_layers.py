@@ -7,27 +7,19 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, WAYS, in_onnxruntime, on_cpu
+from helpers import DEVICE, WAYS, AuthorsELA, in_onnxruntime, on_cpu
 from torch import nn
+from torch.func import functional_call
 
 from timm_ela import ATTN_LAYERS
 
-# The papers' formulas. x (N, C, H, W); p: the layer's parameters and buffers, by their names in timm.
+# The papers' formulas, ELA's by its authors' module. x (N, C, H, W); p: the layer's parameters and buffers, by name.
 
 
 def ela(x, p, training, groups=16):
-    groups = math.gcd(groups, x.shape[1])
-
-    def gate(z):  # (N, C, L): one convolution and one group norm for both strips
-        n, c, length = z.shape
-        width, kernel = p['conv.weight'].shape[1:]
-        z = F.pad(z, (kernel // 2, kernel // 2)).unfold(2, kernel, 1).reshape(n, -1, width, length, kernel)
-        z = torch.einsum('ngilk,goik->ngol', z, p['conv.weight'].reshape(-1, width, width, kernel))
-        z = z.reshape(n, groups, -1)
-        z = (z - z.mean(2, keepdim=True)) / (z.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        z = z.reshape(n, c, length) * p['gn.weight'][:, None] + p['gn.bias'][:, None]
-        return 1 / (1 + (-z).exp())
-    return x * gate(x.mean(3))[:, :, :, None] * gate(x.mean(2))[:, :, None, :]
+    channels, width, kernel = p['conv.weight'].shape
+    theirs = AuthorsELA(channels, kernel, channels // width, math.gcd(groups, channels))
+    return functional_call(theirs.to(x), p, x)
 
 
 def linear(z, p, name):  # a 1x1 convolution over (N, C, L)

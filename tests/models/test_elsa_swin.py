@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import load
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import nn
 
@@ -162,11 +163,8 @@ def test_pretrained_weights_fit_other_sizes_as_those_of_timms_swin_do(size):
     for k in tables:
         swin_state[k] = state[k] = torch.randn_like(state[k])
 
-    def load(name, state_dict):
-        return timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay={'state_dict': state_dict}, **SMALL, **size).eval()
-
-    expected, found = load('swin_tiny_patch4_window7_224', swin_state), load(NAME, state)
+    expected = load('swin_tiny_patch4_window7_224', swin_state, **SMALL, **size)
+    found = load(NAME, state, **SMALL, **size).eval()
     for k in tables:
         assert found.state_dict()[k].shape != state[k].shape
         assert torch.equal(found.state_dict()[k], expected.state_dict()[k])
