@@ -135,6 +135,27 @@ def test_every_convolution_and_the_head_take_the_plain_models_first_step(plain, 
     assert_same_first_step(model, source, image, LABELS, optimizer)
 
 
+# Small steps: random weights and labels make the loss of large ones chaotic.
+@pytest.mark.parametrize(('optimizer', 'lr'), [('sgd', 5e-4), ('adamw', 5e-5)])
+@pytest.mark.parametrize(('base', 'layer'), FEW[1:3])
+def test_with_the_attention_frozen_five_steps_lead_to_the_plain_models_loss(plain, base, layer, optimizer, lr):
+    images, losses = torch.randn(16, 3, 64, 48), []
+    model = load(f'{base}_{layer}', plain(base).state_dict())
+    for m in attentions(model).values():
+        m.requires_grad_(False)
+    for net in (deepcopy(plain(base)), model):
+        learner = OPTIMIZERS[optimizer]([p for p in net.train().parameters() if p.requires_grad], lr=lr)
+        for _ in range(6):
+            loss = nn.functional.cross_entropy(net(images), torch.arange(16))
+            learner.zero_grad()
+            loss.backward()
+            learner.step()
+            losses.append(loss.item())
+    first, last, grafted = losses[0], losses[5], losses[11]
+    assert last < 0.95 * first
+    assert grafted == pytest.approx(last, rel=LOSS)
+
+
 @pytest.mark.parametrize('kwargs', [
     {'output_stride': 8}, {'global_pool': 'avgmax', 'num_classes': 1000}, {'act_layer': 'silu'}, {'act_layer': 'relu'},
     {'in_chans': 1}], ids=str)
