@@ -4,10 +4,13 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from helpers import AUTOLOAD_OFF, DEVICE, Forks
+from PIL import Image
 from timm.utils import CheckpointSaver, ModelEmaV3, update_summary
 from torch import nn
 
@@ -88,6 +91,12 @@ def randomize():
 
 
 @pytest.fixture
+def image() -> Image.Image:
+    """A wide picture without symmetries."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 13, 3), dtype=np.uint8)).resize((260, 140))
+
+
+@pytest.fixture
 def write_run(tmp_path) -> Callable[..., Path]:
     """Writes a run's folder by timm's own code, as train.py does: args.yaml, summary.csv and three epochs' checkpoints.
 
@@ -114,3 +123,9 @@ def write_run(tmp_path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def train_run(write_run) -> Path:
+    """The folder of a run of the smallest model, with 3 classes."""
+    return write_run(timm.create_model('mobilenetv2_050_ela_t', num_classes=3))

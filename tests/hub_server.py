@@ -1,15 +1,13 @@
 """A small Hugging Face Hub on 127.0.0.1, so that the tests push and pull with the real, unmodified clients.
 
 It answers what huggingface_hub (1.33 and 2.4) asks in a push and a pull of a model: create, delete, preupload, LFS,
-commit, resolve, model info and tree, with tokens, private repositories and the Hub's own error headers; large files go
-by LFS, or by Xet. It shows that the client side works; the real Hub's quotas and metadata rules it does not show.
+commit, resolve, model info and tree, with tokens, private repositories and the Hub's own error headers. It shows that
+the client side works; the real Hub's quotas and metadata rules it does not show.
 """
-
 import base64
 import hashlib
 import json
 import re
-import struct
 import threading
 from dataclasses import dataclass
 from functools import partial
@@ -33,9 +31,8 @@ class Refusal(Exception):
 
 @dataclass
 class File:
-    path: Path  # nothing is there if the Xet store has the bytes
+    path: Path
     etag: str  # of a large file its sha256, else the name that git gives it
-    size: int
 
 
 @dataclass
@@ -50,16 +47,15 @@ class Hub:
     Args:
         root: Folder for the contents of files.
         port: Where to listen; 0 takes a free one.
-        xet: Take large files by Xet, into a store under root that client and server share (`local://`).
     """
 
-    def __init__(self, root: Path, port: int = 0, xet: bool = False):
-        self.root, self.port, self.xet = Path(root), port, xet
+    def __init__(self, root: Path, port: int = 0):
+        self.root, self.port = root, port
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []  # 'METHOD /path', in order
         self.faults: list[dict] = []
         self.private_by_default = False  # what an organization may set
-        (self.root / 'xet').mkdir(parents=True)
+        root.mkdir(exist_ok=True)
 
     def __enter__(self) -> 'Hub':
         self.server = ThreadingHTTPServer(('127.0.0.1', self.port), partial(Request, self))
@@ -79,9 +75,8 @@ class Hub:
 
         Args:
             route: A regular expression, searched in 'METHOD /path'.
-            how: A status to answer with; 'cut' breaks the connection halfway through the request's body, or through the
-                answer's; 'short' answers with half the body and its honest length; 'lost' does what was asked, then
-                breaks the connection in place of an answer.
+            how: A status to answer with; 'cut' breaks the connection halfway through the request's body; 'lost' does
+                what was asked, then breaks the connection in place of an answer.
         """
         self.faults.append({'route': route, 'how': how, 'times': times})
 
@@ -119,33 +114,14 @@ class Hub:
         sha256 = hashlib.sha256(data).hexdigest()
         (self.root / sha256).write_bytes(data)
         etag = sha256 if large else hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
-        return File(self.root / sha256, etag, len(data))
+        return File(self.root / sha256, etag)
 
-    def commit(self, name: str, title: str, changes: dict[str, File | None]) -> str:
+    def commit(self, name: str, title: str, changes: dict[str, File]) -> str:
         commits = self.repos[name].commits
-        tree = (commits[-1][2] if commits else {}) | changes
-        tree = {path: file for path, file in sorted(tree.items()) if file}  # None: deleted
+        tree = dict(sorted(((commits[-1][2] if commits else {}) | changes).items()))
         sha = hashlib.sha1(repr((len(commits), title, tree)).encode()).hexdigest()
         commits.append((sha, title, tree))  # all of it or nothing
         return sha
-
-    def xet_hash(self, sha256: str) -> str | None:
-        """The Xet store's name for a file, read in the shards that the client left there (xet-core, mdb_shard).
-
-        It is made of records of six 64-bit words, the first of them a header. Each file is a head (hash, flags, number
-        of segments), its segments, as many verification records if flag 31 is set, and its sha256 if flag 30 is.
-        """
-        for shard in (self.root / 'xet').rglob('shards/*.mdb'):
-            data, at = shard.read_bytes(), 6
-            words = struct.unpack_from(f'<{len(data) // 8}Q', data)
-            while words[at] != 2 ** 64 - 1:
-                flags, segments = words[at + 4] & 0xffffffff, words[at + 4] >> 32
-                end = at + 6 * (1 + segments * (1 + (flags >> 31)))
-                name, sha = (''.join(f'{word:016x}' for word in words[start:start + 4]) for start in (at, end))
-                if flags >> 30 & 1 and sha == sha256:
-                    return name
-                at = end + 6 * (flags >> 30 & 1)
-        return None
 
 
 def route(methods: str, pattern: str):
@@ -192,7 +168,6 @@ class Request(BaseHTTPRequestHandler):
 
     def answer(self, body: bytes | dict | list = b'', headers: dict[str, str] | None = None, status: int = 200):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        data = data[:len(data) // 2] if self.fault == 'short' and self.command == 'GET' else data
         if self.fault == 'lost':
             return
         self.send_response(status)
@@ -200,7 +175,7 @@ class Request(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != 'HEAD':
-            self.wfile.write(data[:len(data) // 2] if self.fault == 'cut' else data)
+            self.wfile.write(data)
 
     def check_readable(self, repo: str):
         if repo not in self.hub.repos or self.hub.repos[repo].private and self.user != repo.split('/')[0]:
@@ -212,6 +187,9 @@ class Request(BaseHTTPRequestHandler):
             raise Refusal(401, 'Invalid username or password.')
         if self.user != repo.split('/')[0] or not self.may_write:
             raise Refusal(403, f'You do not have the rights to write to {repo}')
+
+    def named_repo(self, wanted: dict) -> str:
+        return f'{wanted.get("organization") or self.user}/{wanted["name"]}'
 
     @route('GET', '/api/whoami-v2')
     def whoami(self):
@@ -227,7 +205,7 @@ class Request(BaseHTTPRequestHandler):
     @route('POST', '/api/repos/create')
     def create(self):
         wanted = json.loads(self.body)
-        repo = f'{wanted.get("organization") or self.user}/{wanted["name"]}'
+        repo = self.named_repo(wanted)
         self.check_writable(repo)
         if repo in self.hub.repos:
             raise Refusal(409, 'You already created this model repo', url=f'{self.hub.url}/{repo}')
@@ -237,8 +215,7 @@ class Request(BaseHTTPRequestHandler):
 
     @route('DELETE', '/api/repos/delete')
     def delete(self):
-        wanted = json.loads(self.body)
-        repo = f'{wanted.get("organization") or self.user}/{wanted["name"]}'
+        repo = self.named_repo(json.loads(self.body))
         self.check_readable(repo)
         self.check_writable(repo)
         del self.hub.repos[repo]
@@ -279,31 +256,20 @@ class Request(BaseHTTPRequestHandler):
             elif key == 'file':
                 changes[value['path']] = self.hub.store(base64.b64decode(value['content']), large=False)
             elif key == 'lfsFile':
-                changes[value['path']] = file = File(self.hub.root / value['oid'], value['oid'], value['size'])
-                if not file.path.exists() and not self.hub.xet_hash(file.etag):
+                changes[value['path']] = file = File(self.hub.root / value['oid'], value['oid'])
+                if not file.path.exists():
                     raise Refusal(400, f'{value["path"]} was never uploaded')
-            elif key == 'deletedFile':
-                changes[value['path']] = None
         sha = self.hub.commit(repo, title, changes)
         self.answer({'success': True, 'commitOid': sha, 'commitUrl': f'{self.hub.url}/{repo}/commit/{sha}'})
 
     @route('HEAD GET', '/{repo}/resolve/{revision}/(?P<path>.+)')
     def download(self, repo: str, revision: str, path: str):
         sha, files = self.hub.find(repo, revision)
-        headers = {'X-Repo-Commit': sha, 'Accept-Ranges': 'bytes'}
         if path not in files:
-            return self.answer({'error': 'Entry not found'}, headers | {'X-Error-Code': 'EntryNotFound'}, 404)
-        file, data = files[path], b''
-        headers |= {'ETag': f'"{file.etag}"', 'X-Linked-Size': str(file.size)}
-        if file.path.exists():
-            data = file.path.read_bytes()
-        else:  # the client fetches it from the Xet store itself
-            refresh = f'{self.hub.url}/api/models/{repo}/xet-read-token/{sha}'
-            headers |= {'X-Xet-Hash': self.hub.xet_hash(file.etag), 'X-Xet-Refresh-Route': refresh}
-        start = int(self.headers.get('Range', 'bytes=0-').removeprefix('bytes=').partition('-')[0])
-        if start:  # a download that goes on
-            headers['Content-Range'] = f'bytes {start}-{len(data) - 1}/{len(data)}'
-        self.answer(data[start:], headers, 206 if start else 200)
+            raise Refusal(404, 'Entry not found', 'EntryNotFound')
+        data = files[path].path.read_bytes()
+        self.answer(data, {
+            'X-Repo-Commit': sha, 'ETag': f'"{files[path].etag}"', 'X-Linked-Size': str(len(data))})
 
     @route('GET', '/api/models/{repo}(/revision/{revision})?')
     def model_info(self, repo: str, revision: str | None):
@@ -313,19 +279,9 @@ class Request(BaseHTTPRequestHandler):
 
     @route('GET', '/api/models/{repo}/tree/{revision}')
     def tree(self, repo: str, revision: str):
-        entries = [{'type': 'file', 'path': path, 'size': file.size, 'oid': file.etag}
+        entries = [{'type': 'file', 'path': path, 'size': file.path.stat().st_size, 'oid': file.etag}
                    for path, file in self.hub.find(repo, revision)[1].items()]
         for entry in entries:
             if entry['path'].endswith(LARGE):
                 entry['lfs'] = {'oid': entry['oid'], 'size': entry['size'], 'pointerSize': 134}
         self.answer(entries)
-
-    @route('GET', '/api/models/{repo}/xet-(?P<access>read|write)-token/{revision}')
-    def xet_token(self, repo: str, access: str, revision: str):
-        if access == 'write':
-            self.check_writable(repo)
-        if not self.hub.xet:
-            raise Refusal(404, 'This Hub has no Xet store')
-        store, expires = f'local://{self.hub.root / "xet"}', 2 ** 32
-        self.answer({'casUrl': store, 'accessToken': 'xet', 'exp': expires}, {
-            'X-Xet-Cas-Url': store, 'X-Xet-Access-Token': 'xet', 'X-Xet-Token-Expiration': str(expires)})

@@ -5,7 +5,9 @@ and torchvision, where the claim is about what comes later.
 """
 import inspect
 import json
+import pickle
 import re
+import shutil
 import sys
 import sysconfig
 import textwrap
@@ -35,13 +37,14 @@ def our_warnings(stderr: str) -> list[str]:
 # -- The names are there -----------------------------------------------------------------------------------------------
 
 
-def test_timm_knows_the_names_without_an_import_of_ours():
-    assert run_python(f'import timm; {COUNT}').stdout == f'{NUMBER}\n'
-
-
-def test_pytorchs_switch_turns_the_hook_off(forks):
-    done = forks(f'import sys, timm; {COUNT}; print("timm_ela" in sys.modules)', hook=False)
-    assert done.stdout == '0\nFalse\n'
+def test_the_hook_loads_two_small_files_with_torch_and_registers_the_models_with_timm():
+    code = f'import json, sys, torch; print(json.dumps(list(sys.modules))); import timm; {COUNT}'
+    with_hook, without = (run_python(code, env=env).stdout.splitlines() for env in ({}, AUTOLOAD_OFF))
+    assert (with_hook[1], without[1]) == (str(NUMBER), '0')
+    added = set(json.loads(with_hook[0])) - set(json.loads(without[0]))
+    added = {name for name in added if name.partition('.')[0] not in sys.stdlib_module_names}
+    assert added == {'timm_ela', 'timm_ela.autoload'}
+    assert 'timm' not in json.loads(with_hook[0])
 
 
 @pytest.mark.parametrize('imports', [
@@ -112,23 +115,6 @@ def test_the_models_follow_a_timm_that_is_imported_anew(forks, dropped, again, h
     assert not done.stderr
 
 
-def test_timm_may_be_imported_by_threads(forks):
-    code = f'''
-        import threading
-        barrier = threading.Barrier(4)
-        def work():
-            barrier.wait()
-            import timm
-            {COUNT}
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads: thread.start()
-        for thread in threads: thread.join()
-    '''
-    done = forks(code)
-    assert done.stdout.split() == [str(NUMBER)] * 4
-    assert not done.stderr
-
-
 def test_a_spawned_process_knows_the_names(tmp_path):
     """Its only import is timm; nothing of ours is passed on to it, nor of PyTorch's."""
     (tmp_path / 'child.py').write_text(f'def work():\n    import timm\n    {COUNT}\n')
@@ -147,32 +133,20 @@ def test_a_spawned_process_knows_the_names(tmp_path):
 def test_a_pickled_model_needs_no_hook(forks, tmp_path):
     """As it comes to a spawned process, or out of torch.save(model)."""
     path = tmp_path / 'model.pickle'
-    code = 'import pickle, sys, timm; pickle.dump(timm.create_model("resnet18_ela_t"), open(sys.argv[1], "wb"))'
-    forks(code, path)
+    path.write_bytes(pickle.dumps(timm.create_model('resnet18_ela_t')))
     code = f'import pickle, sys; model = pickle.load(open(sys.argv[1], "rb")); import timm; {COUNT}'
     assert forks(code, path, hook=False).stdout == f'{NUMBER}\n'
 
 
-# -- What it costs -----------------------------------------------------------------------------------------------------
-
-
-def test_import_torch_loads_two_small_files_of_ours_and_no_timm():
-    code = 'import json, sys, torch; print(json.dumps(list(sys.modules)))'
-    with_hook, without = (set(json.loads(run_python(code, env=env).stdout)) for env in ({}, AUTOLOAD_OFF))
-    added = {name for name in with_hook - without if name.partition('.')[0] not in sys.stdlib_module_names}
-    assert added == {'timm_ela', 'timm_ela.autoload'}
-    assert 'timm' not in with_hook
-
-
 def test_import_timm_ela_needs_the_standard_library_only():
     code = '''
-        import sys
-        sys.path.insert(0, sys.argv[1])
-        import timm_ela
-        dir(timm_ela), timm_ela.__version__
-        print({name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names)
-    '''
-    isolated = [sys.executable, '-I', '-S', '-c', textwrap.dedent(code), ROOT]  # -S: there is no site-packages
+import sys
+sys.path.insert(0, sys.argv[1])
+import timm_ela
+dir(timm_ela), timm_ela.__version__
+print({name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names)
+'''
+    isolated = [sys.executable, '-I', '-S', '-c', code, ROOT]  # -S: there is no site-packages
     assert eval(run(isolated).stdout) == {'__main__', 'timm_ela'}
 
 
@@ -190,19 +164,12 @@ def write_timm(path: Path, models: str) -> Path:
 
     Code imports it if `sys.path` begins with the path: `FROM_PATH`.
     """
-    files = {
-        'timm/__init__.py': '__version__ = "9.9"\nfrom . import models\n',
-        'timm/models/__init__.py': models,
-        'timm/layers/__init__.py': 'NOTHING_OF_WHAT_WE_IMPORT = True\n',
-    }
-    if path.suffix == '.zip':
-        with zipfile.ZipFile(path, 'w') as archive:
-            for name, text in files.items():
-                archive.writestr(name, text)
-        return path
-    for name, text in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_text(text)
+    with zipfile.ZipFile(path.with_suffix('.zip'), 'w') as archive:
+        archive.writestr('timm/__init__.py', '__version__ = "9.9"\nfrom . import models\n')
+        archive.writestr('timm/models/__init__.py', models)
+        archive.writestr('timm/layers/__init__.py', 'NOTHING_OF_WHAT_WE_IMPORT = True\n')
+    if path.suffix != '.zip':
+        shutil.unpack_archive(path.with_suffix('.zip'), path)
     return path
 
 
@@ -210,7 +177,7 @@ FROM_PATH = 'import sys; sys.path.insert(0, sys.argv[1]); '
 
 
 def test_a_broken_timm_keeps_its_own_message(forks, tmp_path):
-    path = write_timm(tmp_path, 'raise RuntimeError("broken by its authors")\n')
+    path = write_timm(tmp_path / 'timm', 'raise RuntimeError("broken by its authors")\n')
     done = forks(f'{FROM_PATH} import timm', path, exit_code=1)
     assert done.stderr.splitlines()[-1] == 'RuntimeError: broken by its authors'
     assert not our_warnings(done.stderr)
@@ -239,7 +206,7 @@ def test_where_registering_fails_timm_goes_on_with_one_warning_that_says_what_fa
 
 def test_after_a_timm_that_failed_one_that_works_has_the_models(forks, tmp_path):
     """A notebook that upgrades timm."""
-    path = write_timm(tmp_path, 'import timm.layers\n')
+    path = write_timm(tmp_path / 'timm', 'import timm.layers\n')
     code = f'''
         import sys
         sys.path.insert(0, sys.argv[1])
@@ -257,7 +224,7 @@ def test_after_a_timm_that_failed_one_that_works_has_the_models(forks, tmp_path)
 
 
 def test_where_warnings_are_errors_timm_goes_on_all_the_same(forks, tmp_path):
-    path = write_timm(tmp_path, 'import timm.layers\n')
+    path = write_timm(tmp_path / 'timm', 'import timm.layers\n')
     code = 'import warnings; warnings.simplefilter("error"); import timm; print(timm.__version__)'
     done = forks(FROM_PATH + code, path)
     assert done.stdout == '9.9\n'
@@ -279,23 +246,6 @@ def test_a_module_that_fails_does_not_take_the_other_with_it(forks):
     assert 'efficientnet_init_weights' in done.stderr
 
 
-def test_an_import_of_timm_that_failed_may_be_tried_again(forks):
-    code = f'''
-        import sys
-        sys.modules['timm.models.vision_transformer'] = None
-        try:
-            import timm
-        except ImportError:
-            print('failed')
-        del sys.modules['timm.models.vision_transformer']
-        import timm
-        {COUNT}
-    '''
-    done = forks(code)
-    assert done.stdout == f'failed\n{NUMBER}\n'
-    assert not our_warnings(done.stderr)
-
-
 # -- timm-ela run: the models in any script, where the hook is off -----------------------------------------------------
 
 SCRIPT = '''
@@ -303,30 +253,27 @@ import json, os, sys
 import timm
 from beside import HERE
 print(json.dumps([__name__, sys.argv, HERE, os.getcwd(), len(timm.list_models('*_ela_*'))]))
-sys.exit(7)
-'''
+{ending}'''
 
 
-@pytest.mark.parametrize('command', [[TIMM_ELA], [sys.executable, '-m', 'timm_ela']], ids=['timm-ela', '-m'])
-def test_run_is_python_with_the_models_registered(tmp_path, command):
+@pytest.mark.parametrize('command, ending, exit_code, error', [
+    ([TIMM_ELA], 'sys.exit(7)', 7, []),
+    ([sys.executable, '-m', 'timm_ela'], 'raise KeyError("its own")', 1, ["KeyError: 'its own'"]),
+], ids=['timm-ela', '-m'])
+def test_run_is_python_with_the_models_registered(tmp_path, command, ending, exit_code, error):
+    script = tmp_path / 'script.py'
+    script.write_text(SCRIPT.format(ending=ending))
     (tmp_path / 'beside.py').write_text('HERE = True')
-    (tmp_path / 'script.py').write_text(SCRIPT)
     args = ['a folder', '--model', 'resnet18_ela_t', '--help', '--debug', '-h', '--', '--version']
-    done = run([*command, 'run', tmp_path / 'script.py', *args], env=AUTOLOAD_OFF, cwd=sys.prefix, exit_code=7)
+    done = run([*command, 'run', script, *args], env=AUTOLOAD_OFF, cwd=sys.prefix, exit_code=exit_code)
     name, argv, here, cwd, count = json.loads(done.stdout)
     assert name == '__main__'
-    assert argv == [str(tmp_path / 'script.py'), *args]
+    assert argv == [str(script), *args]
     assert here  # a module beside the script, which python would find
     assert Path(cwd).samefile(sys.prefix)
     assert count == NUMBER
-    assert not done.stderr
-
-
-def test_run_shows_the_scripts_own_traceback(tmp_path):
-    (tmp_path / 'script.py').write_text('\nraise KeyError("its own")')
-    done = run([TIMM_ELA, 'run', tmp_path / 'script.py'], env=AUTOLOAD_OFF, exit_code=1)
-    assert f'"{tmp_path / "script.py"}", line 2' in done.stderr
-    assert done.stderr.splitlines()[-1] == 'KeyError: \'its own\''
+    assert done.stderr.splitlines()[-1:] == error
+    assert not error or f'"{script}", line 6' in done.stderr
 
 
 # -- torchrun ----------------------------------------------------------------------------------------------------------

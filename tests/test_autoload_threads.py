@@ -8,7 +8,6 @@ from helpers import run_python
 from timm_ela.models.registry import MODELS
 
 NUMBER = sum('_ela_' in name for name in MODELS)
-COUNT = 'print(len(timm.list_models("*_ela_*")))'
 STATEMENTS = [
     'import timm; timm.create_model("resnet18", device="meta")',
     'from timm.data import create_transform',
@@ -43,34 +42,33 @@ print(len(timm.list_models('*_ela_*')))
 '''
 
 
-def threads(statements, turn, interval=None, patience=0):
-    return THREADS.format(interval=interval, statements=statements, turn=turn, patience=patience, number=NUMBER)
-
-
-@pytest.mark.parametrize('turn', range(5))
-@pytest.mark.parametrize('interval', [None, 1e-5])
-def test_threads_that_import_timm_end_and_the_models_are_there(forks, interval, turn):
-    done = forks(threads(STATEMENTS, turn, interval))
+@pytest.mark.parametrize(('turn', 'interval', 'fresh'), [
+    *((turn, interval, False) for turn in (0, 2, 4) for interval in (None, 1e-5)), (0, None, True), (2, 1e-5, True)])
+def test_threads_that_import_timm_end_and_the_models_are_there(forks, turn, interval, fresh):
+    """Also where they import torch: in a fresh interpreter, which must not hang."""
+    code = THREADS.format(interval=interval, statements=STATEMENTS, turn=turn, patience=0, number=NUMBER)
+    done = run_python(code, timeout=120) if fresh else forks(code)
     assert done.stdout == f'{NUMBER}\n'
     assert 'is not registered' not in done.stderr
 
 
-@pytest.mark.parametrize(('turn', 'interval'), [(0, None), (2, 1e-5)])
-def test_threads_that_import_torch_too_end_and_the_models_are_there(turn, interval):
-    done = run_python(threads(STATEMENTS, turn, interval), timeout=120)  # a hang fails
-    assert done.stdout == f'{NUMBER}\n'
-    assert 'is not registered' not in done.stderr
-
-
-@pytest.mark.parametrize('turn', range(3))
+@pytest.mark.parametrize('turn', (0, 3, 6))
 def test_where_threads_import_modules_of_ours_too_the_models_are_there_a_moment_later(forks, turn):
-    done = forks(threads([*STATEMENTS, *OF_OURS], 3 * turn, 1e-5, patience=60))
+    statements = [*STATEMENTS, *OF_OURS]
+    done = forks(THREADS.format(interval=1e-5, statements=statements, turn=turn, patience=60, number=NUMBER))
     assert done.stdout == f'{NUMBER}\n'
     assert 'is not registered' not in done.stderr
+
+
+def test_every_thread_that_has_imported_timm_knows_the_models(forks):
+    statement = f'import timm; assert len(timm.list_models("*_ela_*")) == {NUMBER}'
+    done = forks(THREADS.format(interval=None, statements=[statement], turn=0, patience=0, number=NUMBER))
+    assert not done.stderr
 
 
 # -- Cut off -----------------------------------------------------------------------------------------------------------
 
+OURS = 'timm_ela.models.attn_efficientnet'
 FAILS_ONCE = '''
 import sys
 {first}
@@ -85,27 +83,27 @@ sys.meta_path.insert(0, FailsOnce())
 try:
     {second}
     import timm
-    {count}
+    print(len(timm.list_models('*_ela_*')))
 except {error}:
     print('raised')
 {third}
 import timm
-{count}
+print(len(timm.list_models('*_ela_*')))
 import timm_ela.layers.ela
 timm_ela.layers.ela.VARIANTS, timm_ela.ATTN_LAYERS
 '''
 
 
-@pytest.mark.parametrize(('first', 'second', 'third', 'hook'), [
-    ('', 'import timm', 'import timm', True),
-    ('', 'import timm', 'import timm_ela.models.registry', True),
-    ('import timm', 'import timm_ela', 'import timm_ela', False),
-    ('', 'import timm_ela, timm', 'import timm_ela', False),
+@pytest.mark.parametrize(('module', 'error', 'first', 'second', 'third', 'hook'), [
+    (OURS, 'KeyboardInterrupt', '', 'import timm', 'import timm', True),
+    (OURS, 'KeyboardInterrupt', '', 'import timm', 'import timm_ela.models.registry', True),
+    (OURS, 'KeyboardInterrupt', 'import timm', 'import timm_ela', 'import timm_ela', False),
+    (OURS, 'KeyboardInterrupt', '', 'import timm_ela, timm', 'import timm_ela', False),
+    ('timm.models.vision_transformer', 'ImportError', '', 'import timm', 'import timm', True),
 ])
-def test_an_interrupted_registration_is_completed_by_the_next_import(forks, first, second, third, hook):
-    code = FAILS_ONCE.format(
-        first=first, second=second, third=third, module='timm_ela.models.attn_efficientnet', error='KeyboardInterrupt',
-        count=COUNT)
+def test_an_interrupted_registration_is_completed_by_the_next_import(
+        forks, module, error, first, second, third, hook):
+    code = FAILS_ONCE.format(module=module, error=error, first=first, second=second, third=third)
     done = forks(code, hook=hook)
     assert done.stdout == f'raised\n{NUMBER}\n'
     assert not done.stderr
@@ -114,7 +112,7 @@ def test_an_interrupted_registration_is_completed_by_the_next_import(forks, firs
 @pytest.mark.parametrize('third', ['import timm_ela', 'import timm_ela.layers'])
 def test_a_family_that_failed_is_registered_by_the_next_import_of_ours(forks, third):
     code = FAILS_ONCE.format(
-        first='', second='import timm', third=third, module='timm_ela.models.blocks', error='ImportError', count=COUNT)
+        module='timm_ela.models.blocks', error='ImportError', first='', second='import timm', third=third)
     done = forks(code)
     before, after = map(int, done.stdout.split())
     assert before < after == NUMBER

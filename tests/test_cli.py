@@ -5,13 +5,13 @@ import pickle
 import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from io import BytesIO, TextIOWrapper
 
 import pytest
 import timm
 import torch
 from helpers import run
-from PIL import Image
+from safetensors.torch import load, save
 
 import timm_ela
 from timm_ela import cli
@@ -108,32 +108,29 @@ class Code:
         return os.mkdir, ('was_run',)
 
 
-def spoil(file: Path, how: str) -> None:
-    """Makes a checkpoint one that must not be taken."""
-    data, half = file.read_bytes(), file.stat().st_size // 2
-    if how == 'gone':
-        file.unlink()
-    elif how in ('code', 'module', 'list'):
-        torch.save({'code': {'state_dict': Code()}, 'module': timm.create_model(MODEL), 'list': [1]}[how], file)
-    else:
-        file.write_bytes({
-            'truncated': data[:half],
-            'corrupt': data[:half] + bytes([data[half] ^ 0xff]) + data[half + 1:],
-            'page': b'<!DOCTYPE html><html><body>404: not found</body></html>',
-            'empty': b'',
-            'raw code': pickle.dumps(Code()),
-        }[how])
+def saved(value: object) -> bytes:
+    torch.save(value, buffer := BytesIO())
+    return buffer.getvalue()
 
 
-@pytest.mark.parametrize('how, told', [
-    ('gone', 'model_best.pth.tar'), ('truncated', 'truncated'), ('corrupt', 'checksum'), ('page', 'no checkpoint'),
-    ('empty', 'no checkpoint'), ('code', 'code is never run'), ('raw code', 'no checkpoint'),
-    ('module', 'save the state_dict'), ('list', 'holds a list'),
-])
-def test_a_checkpoint_that_cannot_be_read_is_named(fails, write_run, tmp_path, monkeypatch, how, told):
+@pytest.mark.parametrize('spoil, told', [
+    (None, 'model_best.pth.tar'),
+    (lambda data: data[:len(data) // 2], 'truncated'),
+    (lambda data: data[:10 ** 5] + bytes([data[10 ** 5] ^ 0xff]) + data[10 ** 5 + 1:], 'checksum'),
+    (lambda data: b'<!DOCTYPE html><html><body>404: not found</body></html>', 'no checkpoint'),
+    (lambda data: b'', 'no checkpoint'),
+    (lambda data: pickle.dumps(Code()), 'no checkpoint'),
+    (lambda data: saved({'state_dict': Code()}), 'code is never run'),
+    (lambda data: saved(timm.create_model(MODEL)), 'save the state_dict'),
+    (lambda data: saved([1]), 'holds a list'),
+], ids=['gone', 'truncated', 'corrupt', 'page', 'empty', 'raw code', 'code', 'module', 'list'])
+def test_a_checkpoint_that_cannot_be_read_is_named(fails, train_run, tmp_path, monkeypatch, spoil, told):
     monkeypatch.chdir(tmp_path)
-    folder = write_run(timm.create_model(MODEL, num_classes=3))
-    spoil(folder / 'model_best.pth.tar', how)
+    file = train_run / 'model_best.pth.tar'
+    data = file.read_bytes()
+    file.unlink()
+    if spoil:
+        file.write_bytes(spoil(data))
     files = sorted(tmp_path.rglob('*'))
     for command in (['export', 'run', 'out'], ['convert', 'run/model_best.pth.tar', '--model', MODEL, 'out']):
         line = fails(*command)
@@ -150,23 +147,19 @@ def test_a_checkpoint_that_cannot_be_read_is_named(fails, write_run, tmp_path, m
     ('model: mobilenetv2_050_ela_t.graft_x', 'graft_x'),
     ('model: mobilenetv2_050_ela_b\nnum_classes: 3', 'not those of mobilenetv2_050_ela_b'),
     ('model: mobilenetv2_050\nnum_classes: 3', 'has 48 unexpected weights'),
-    ('model: mobilenetv2_050_ela_t\nnum_classes: 3\nmean: [0.5, 0.5]', 'mean'),
 ])
-def test_a_run_that_is_not_one_of_train_py_is_told_why(fails, write_run, tmp_path, args, told):
-    folder = write_run(timm.create_model(MODEL, num_classes=3))
-    (folder / 'args.yaml').unlink()
+def test_a_run_that_is_not_one_of_train_py_is_told_why(fails, train_run, tmp_path, args, told):
+    (train_run / 'args.yaml').unlink()
     if args is not None:
-        (folder / 'args.yaml').write_text(args, encoding='latin1')
-    assert told in fails('export', folder, tmp_path / 'new' / 'out')
-    assert sorted(tmp_path.iterdir()) == [folder]
+        (train_run / 'args.yaml').write_text(args, encoding='latin1')
+    assert told in fails('export', train_run, tmp_path / 'new' / 'out')
+    assert sorted(tmp_path.iterdir()) == [train_run]
 
 
 @pytest.mark.parametrize('name, change, model, told', [
     (MODEL, lambda d: d, MODEL, "is a checkpoint of mobilenetv2_050_ela_t already"),
     ('mobilenetv2_100', lambda d: d, MODEL, 'must be one of the plain model'),
     (PLAIN, lambda d: {'epoch': 3, 'net': d}, MODEL, "holds 'epoch', 'net', and no state dict"),
-    (PLAIN, lambda d: {'model_state_dict': d}, MODEL, "holds 'model_state_dict', and no state dict"),
-    (PLAIN, lambda d: {'module': d}, MODEL, "holds 'module', and no state dict"),
     (PLAIN, lambda d: {'state_dict': [1]}, MODEL, "holds 'state_dict', and no state dict"),
     (PLAIN, lambda d: {1: 2}, MODEL, 'holds 1, and no state dict'),
     (PLAIN, lambda d: {}, MODEL, 'no state dict'),
@@ -181,39 +174,31 @@ def test_weights_that_cannot_be_grafted_are_told_why(fails, tmp_path, name, chan
 
 @pytest.mark.parametrize('names, told', [
     ('a\nb', 'holds 2 class names, the head has 3 outputs'), ('\xff', 'utf-8'), (None, 'names.txt')])
-def test_class_names_must_be_as_many_as_the_heads_outputs(fails, write_run, tmp_path, names, told):
-    folder = write_run(timm.create_model(MODEL, num_classes=3))
+def test_class_names_must_be_as_many_as_the_heads_outputs(fails, train_run, tmp_path, names, told):
     if names is not None:
         (tmp_path / 'names.txt').write_text(names, encoding='latin1')
-    line = fails('export', folder, tmp_path / 'out', '--class-names', tmp_path / 'names.txt')
+    line = fails('export', train_run, tmp_path / 'out', '--class-names', tmp_path / 'names.txt')
     assert told in line and 'names.txt' in line and not (tmp_path / 'out').exists()
 
 
-def test_a_folder_that_is_not_empty_is_kept(fails, write_run, tmp_path):
-    folder = write_run(timm.create_model(MODEL, num_classes=3))
-    (tmp_path / 'out').mkdir()
-    (tmp_path / 'out' / 'mine').touch()
-    for out in ('out', 'out/mine'):
-        assert str(tmp_path / out) in fails('export', folder, tmp_path / out)
-    assert os.listdir(tmp_path / 'out') == ['mine']
-    assert 'holds mine and is no export' in fails('export', folder, tmp_path / 'out', '--force')
-    assert os.listdir(tmp_path / 'out') == ['mine']
-
-
-@pytest.mark.parametrize('repo_id, token, told', [
-    ('me', 'hf_x', "'me' has no owner: it must be OWNER/NAME"), ('me/x/y', 'hf_x', "'me/x/y'"),
-    ('me/--x', 'hf_x', "'me/--x'"), ('me/a b', 'hf_x', "'me/a b'"),
-    ('me/x', None, 'set HF_TOKEN'), ('me/x', 'hf_x', 'has no model.safetensors'),
-])
-def test_what_cannot_be_pushed_is_told_before_the_hub_is_asked(fails, tmp_path, monkeypatch, repo_id, token, told):
-    monkeypatch.setattr(push, 'get_token', lambda: token)
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A token, and an error if the Hub is asked."""
+    monkeypatch.setenv('HF_TOKEN', 'hf_x')
     monkeypatch.setattr(push, 'HfApi', None)
+
+
+@pytest.mark.parametrize('repo_id, told', [
+    ('me', "'me' has no owner: it must be OWNER/NAME"), ('me/x/y', "'me/x/y'"), ('me/--x', "'me/--x'"),
+    ('me/x', 'has no model.safetensors')])
+def test_what_cannot_be_pushed_is_told_before_the_hub_is_asked(fails, tmp_path, no_hub, repo_id, told):
     assert told in fails('push', tmp_path, repo_id)
 
 
 @pytest.mark.parametrize('file, change, told', [
     ('model.safetensors', lambda data: b'', 'model.safetensors is truncated'),
     ('model.safetensors', lambda data: data[:-1], 'model.safetensors is truncated'),
+    ('model.safetensors', lambda data: save({k: v * torch.nan for k, v in load(data).items()}), 'holds NaN'),
     ('config.json', lambda data: b'{', 'timm cannot load'),
     ('config.json', lambda data: b'{}', 'timm cannot load'),
     ('config.json', lambda data: data.replace(b'ela_t', b'ela_x'), 'ela_x'),
@@ -222,93 +207,62 @@ def test_what_cannot_be_pushed_is_told_before_the_hub_is_asked(fails, tmp_path, 
     ('config.json', lambda data: data.replace(b'050_ela_t', b'050'), 'Unexpected key'),
     ('README.md', lambda data: b'\xff' + data, "README.md: 'utf-8' codec"),
 ])
-def test_a_folder_that_nobody_could_load_is_not_pushed(fails, write_run, tmp_path, monkeypatch, file, change, told):
-    monkeypatch.setattr(push, 'get_token', lambda: 'hf_x')
-    monkeypatch.setattr(push, 'HfApi', None)
-    out = publish.export_run(write_run(timm.create_model(MODEL, num_classes=3)), tmp_path / 'out')
+def test_a_folder_that_nobody_could_load_is_not_pushed(fails, train_run, tmp_path, no_hub, file, change, told):
+    out = publish.export_run(train_run, tmp_path / 'out')
     before = (out / file).read_bytes()
     (out / file).write_bytes(change(before))
     assert (out / file).read_bytes() != before
     assert told in fails('push', out, 'me/x')
 
 
-def test_weights_that_are_not_finite_are_neither_converted_nor_pushed(fails, tmp_path, monkeypatch):
-    monkeypatch.setattr(push, 'get_token', lambda: 'hf_x')
-    monkeypatch.setattr(push, 'HfApi', None)
-    plain = timm.create_model(PLAIN, num_classes=3)
-    torch.nn.init.constant_(plain.conv_head.weight[:1], float('nan'))
-    torch.save(plain.state_dict(), tmp_path / 'c.pth')
-    assert "'conv_head.weight' holds NaN" in fails('convert', tmp_path / 'c.pth', '--model', MODEL, tmp_path / 'out')
-    timm.models.save_for_hf(plain, tmp_path / 'out', safe_serialization=True)
-    (tmp_path / 'out' / 'README.md').touch()
-    assert "'conv_head.weight' holds NaN" in fails('push', tmp_path / 'out', 'me/x')
-
-
-@pytest.mark.parametrize('size, model, told', [(50, MODEL, 'cat.png'), (None, 'resnet18_ela_x', 'resnet18_ela_x')])
-def test_a_picture_that_does_not_decode_or_an_unknown_model_is_named(fails, tmp_path, size, model, told):
-    pytest.importorskip('matplotlib')
-    Image.new('RGB', (64, 48)).save(tmp_path / 'cat.png')
-    (tmp_path / 'cat.png').write_bytes((tmp_path / 'cat.png').read_bytes()[:size])
-    assert told in fails('plot', tmp_path / 'cat.png', '--model', model, '--no-pretrained', '-o', tmp_path / 'out.png')
-    assert not (tmp_path / 'out.png').exists()
+def test_options_of_an_export_are_refused_for_a_folder_that_is_exported(fails, tmp_path, no_hub):
+    for name in push.FILES:
+        (tmp_path / name).touch()
+    line = fails('push', tmp_path, 'me/x', '--tag', 'mine', '--no-ema')
+    assert 'is not a train.py run' in line and 'tag, ema' in line
 
 
 @pytest.mark.parametrize('words, told', [
     (['train'], "'train'"), (['export', 'run'], 'out_dir'), (['list', '--jsn'], '--jsn'),
     (['convert', 'a.pth', 'out'], '--model'), (['list', 'vgg*'], "'vgg*'"), (['run', 'no.py', '-x'], 'no.py'),
     (['plot', 'no.png', '--model', 'x'], 'no.png'), (['export', 'nothere', 'out'], 'There is no nothere/args.yaml'),
+    (['plot', 'no.png', '--model', 'x', '--channel', '1', '--mean'], 'not allowed with'),
 ], ids=' '.join)
 def test_a_line_that_is_not_understood_is_told_why(fails, words, told):
     assert told in fails(*words)
 
 
-@pytest.mark.parametrize('name', ['out', 'out of "two" words'])
-def test_the_commands_that_are_printed_can_be_typed(capsys, tmp_path, name):
-    plain = timm.create_model(PLAIN, num_classes=3)
+@pytest.mark.parametrize('words', [['run', '--debug', 'no.py'], ['export', 'no', 'out', '--debug']], ids=' '.join)
+def test_debug_gives_the_traceback(words):
+    with pytest.raises(FileNotFoundError, match='There is no '):
+        cli.main(words)
+
+
+# What is printed
+def test_the_command_that_convert_prints_can_be_typed(capsys, tmp_path):
+    plain, out = timm.create_model(PLAIN, num_classes=3), tmp_path / 'out of "two" words'
     torch.save(plain.state_dict(), tmp_path / 'c.pth')
-    cli.main(['convert', str(tmp_path / 'c.pth'), '--model', MODEL, str(tmp_path / name)])
+    cli.main(['convert', str(tmp_path / 'c.pth'), '--model', MODEL, str(out)])
     words = shlex.split(capsys.readouterr().out.partition('Train it with: ')[2])
-    assert words == ['train.py', '--data-dir', 'DATA', '--model', f'local-dir:{tmp_path / name}', '--pretrained']
+    assert words == ['train.py', '--data-dir', 'DATA', '--model', f'local-dir:{out}', '--pretrained']
     model = timm.create_model(words[-2], pretrained=True)
     assert torch.equal(model.conv_stem.weight, plain.conv_stem.weight)
 
 
-def test_the_call_that_export_prints_loads_the_folder(capsys, write_run, tmp_path):
-    folder, out = write_run(timm.create_model(MODEL, num_classes=3)), tmp_path / "it's mine"
-    cli.main(['export', str(folder), str(out)])
+def test_the_call_that_export_prints_loads_the_folder(capsys, train_run, tmp_path):
+    cli.main(['export', str(train_run), str(tmp_path / "it's mine")])
     call = capsys.readouterr().out.partition('Load it with: ')[2]
     assert eval(call, {'timm': timm}).num_classes == 3
 
 
-def test_an_interruption_is_one_line_too(fails, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(publish, 'export_run', interrupted)
-    assert 'error: interrupted; nothing was written' in fails('export', 'a', 'b')
-
-
-def test_a_name_that_cannot_be_printed_is_no_error(write_run, tmp_path):
-    folder, out = write_run(timm.create_model(MODEL, num_classes=3)), tmp_path / 'out-\udce9-日本'
-    done = run((*MODULE, 'export', folder, out), env={'PYTHONIOENCODING': 'ascii'})
-    assert done.stdout.startswith('Wrote ') and (out / 'config.json').is_file()
-
-
-def test_debug_gives_the_traceback(tmp_path):
-    assert run((*MODULE, 'run', 'no.py'), exit_code=2).stderr == 'timm-ela run: error: There is no script no.py.\n'
-    failed = run((*MODULE, 'run', '--debug', 'no.py'), exit_code=1)
-    assert 'Traceback' in failed.stderr and 'FileNotFoundError' in failed.stderr
-    with pytest.raises(FileNotFoundError, match='args.yaml'):
-        cli.main(['export', str(tmp_path), str(tmp_path / 'out'), '--debug'])
+def test_a_name_that_cannot_be_printed_is_no_error(train_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'stdout', TextIOWrapper(BytesIO(), encoding='ascii'))
+    cli.main(['export', str(train_run), str(tmp_path / 'out-\udce9-日本')])
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue().startswith(b'Wrote ')
+    assert (tmp_path / 'out-\udce9-日本' / 'config.json').is_file()
 
 
 def test_without_a_command_it_prints_its_help(capsys):
     cli.main([])
     assert capsys.readouterr().out.startswith('usage: timm-ela')
-
-
-def test_options_of_an_export_are_refused_for_a_folder_that_is_exported(fails, tmp_path, monkeypatch):
-    monkeypatch.setenv('HF_TOKEN', 'hf_x')
-    for name in push.FILES:
-        (tmp_path / name).touch()
-    line = fails('push', tmp_path, 'me/x', '--tag', 'mine', '--no-ema')
-    assert 'is not a train.py run' in line and 'tag, ema' in line

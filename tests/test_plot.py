@@ -10,7 +10,6 @@ import timm
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image
 from timm.data import ImageNetInfo
 
 from timm_ela import figure as figure_module
@@ -42,12 +41,6 @@ def eight_stages(**kwargs):
     return model
 
 
-@pytest.fixture
-def image():
-    """A wide picture without symmetries."""
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 13, 3), dtype=np.uint8)).resize((260, 140))
-
-
 def titled(figure, start):
     """The axes, in the order of the panels, whose title starts so."""
     return [ax for ax in figure.axes if ax.get_title(loc='left').startswith(start)]
@@ -64,15 +57,9 @@ def strips(figure, ax):
     return figure.axes[i + 1:i + 3]
 
 
-def bars(figure):
-    """Widths of the bars of the classes, without the grey ones behind them."""
-    return [patch.get_width() for ax in figure.axes for box in ax.containers[1:2] for patch in box]
-
-
 def test_the_panels_come_in_their_order(image):
-    figure = plot_attention(image, make_model())
-    boxes = {ax.get_title(loc='left').splitlines()[0].split(':')[0]: ax.get_position() for ax in titled(figure, '')
-             if ax.get_title(loc='left')}
+    axes = [ax for ax in plot_attention(image, make_model()).axes if ax.get_title(loc='left')]
+    boxes = {ax.get_title(loc='left').splitlines()[0].split(':')[0]: ax.get_position() for ax in axes}
     assert sorted(boxes, key=lambda title: (-round(boxes[title].y1, 3), boxes[title].x0)) == [
         'What the model saw', 'Grad-CAM', 'stage 1', 'stage 2', 'stage 3', 'stage 4', 'All gates, of all channels']
 
@@ -93,7 +80,9 @@ def test_the_numbers_drawn_are_those_observed(image, kwargs):
     cam, = titled(figure, f'Grad-CAM: what speaks for\n{seen.classes[0][1]}')
     np.testing.assert_array_equal(cam.images[1].get_array(), seen.cam)
     assert [text for text in texts(figure) if '%' in text] == [f' {p:.1%}  {name}' for p, name in seen.classes]
-    np.testing.assert_allclose(bars(figure), [p for p, _ in seen.classes])
+    # The first container has the grey bars behind them.
+    bars = [patch.get_width() for ax in figure.axes for box in ax.containers[1:2] for patch in box]
+    np.testing.assert_allclose(bars, [p for p, _ in seen.classes])
 
 
 def test_strips_lie_along_the_map_row_by_row(image):
@@ -149,7 +138,7 @@ def test_the_title_says_in_words_how_far_the_gates_have_moved(image, bias, said)
         assert texts(plot_attention(image, model, **kwargs))[:2] == ['resnet18_ela_t', said]
 
 
-def test_models_stand_below_each_other_in_columns(image):
+def test_models_stand_below_each_other_in_columns_and_those_without_ela_have_two_panels(image):
     models = [make_model('resnet18'), make_model('resnet18_ca'), make_model()]
     figure = plot_attention(image, models, titles=['plain', 'CA', 'ELA'])
     cams, boxes = titled(figure, 'Grad-CAM'), [ax.get_position() for ax in titled(figure, 'Grad-CAM')]
@@ -159,14 +148,12 @@ def test_models_stand_below_each_other_in_columns(image):
     assert boxes[0].y0 > boxes[1].y1 and boxes[1].y0 > boxes[2].y1
     titles = [text for text in figure.texts if text.get_text() in ('plain', 'CA', 'ELA')]
     assert [text.get_position()[1] > box.y1 for text, box in zip(titles, boxes, strict=True)] == [True] * 3
+    assert len([ax for ax in figure.axes if ax.get_title(loc='left')]) == 3 * 2 + 4 + 1
     assert len(titled(figure, 'stage')) == 4 and len([t for t in texts(figure) if '%' in t]) == 15
     assert texts(figure).count('No ELA, so no gates.') == 2
-
-
-def test_a_model_without_ela_has_two_panels(image):
-    figure = plot_attention(image, make_model('resnet18_se'), [1])
-    titles = [ax.get_title(loc='left') for ax in figure.axes if ax.get_title(loc='left')]
-    assert len(titles) == 2 and titles[1].startswith('Grad-CAM') and len(bars(figure)) == 5
+    one, two = plot_attention(image, models[0]), plot_attention(image, models[:2])
+    assert one.get_figwidth() == two.get_figwidth() < figure.get_figwidth() == 9
+    assert one.get_figheight() < two.get_figheight() < figure.get_figheight()
 
 
 def test_a_class_that_nothing_speaks_for_is_said_so(image):

@@ -6,17 +6,11 @@ from pathlib import Path
 
 import pytest
 import timm
-from helpers import run_python
 
 from timm_ela.hub import publish
 from timm_ela.hub.publish import ALL_FILES, FILES, convert_checkpoint, export_run
 
 MODEL = 'mobilenetv2_050_ela_t'  # the smallest
-
-
-@pytest.fixture
-def train_run(write_run) -> Path:
-    return write_run(timm.create_model(MODEL, num_classes=3))
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
@@ -75,24 +69,23 @@ def test_force_replaces_an_export_and_nothing_else(train_run, tmp_path):
     export_run(train_run, out)
     with pytest.raises(FileExistsError, match='--force replaces an export'):
         export_run(train_run, out)
+    with pytest.raises(FileExistsError, match='README.md is a file'):
+        export_run(train_run, out / 'README.md', force=True)
     export_run(train_run, out, force=True, tag='second')
     assert set(os.listdir(out)) == set(ALL_FILES) and os.listdir(out.parent) == ['out']
     assert timm.create_model(f'local-dir:{out}', pretrained=True).pretrained_cfg['tag'] == 'second'
 
-    (out / 'mine.txt').touch()
-    files = listing(out)
-    with pytest.raises(FileExistsError, match=r'holds mine.txt and is no export'):
-        export_run(train_run, out, force=True)
-    assert listing(out) == files
 
-
-def test_a_readme_alone_is_no_export(train_run, tmp_path):
+@pytest.mark.parametrize('old, kept', [(FILES, 'mine.txt'), ((), 'README.md')], ids=['beside an export', 'alone'])
+def test_what_is_no_export_is_kept(train_run, tmp_path, old, kept):
     out = tmp_path / 'out'
     out.mkdir()
-    (out / 'README.md').write_text('mine')
-    with pytest.raises(FileExistsError, match=r'holds README.md and is no export'):
+    for name in (*old, kept):
+        (out / name).write_text('mine')
+    files = listing(out)
+    with pytest.raises(FileExistsError, match=f'holds {kept} and is no export'):
         export_run(train_run, out, force=True)
-    assert listing(out) == {'README.md': b'mine'}
+    assert listing(out) == files
 
 
 @pytest.mark.parametrize('out', ['run', '.', 'run/../run'])
@@ -105,20 +98,18 @@ def test_force_never_touches_what_is_read(train_run, tmp_path, out):
     assert listing(tmp_path) == files
 
 
-@pytest.mark.parametrize('what', ['checkpoint', 'class names'])
-def test_force_never_touches_what_is_read_through_a_link_or_an_option(train_run, tmp_path, what):
-    out = export_run(train_run, tmp_path / 'out')
-    names = None
-    if what == 'checkpoint':
-        best = train_run / 'model_best.pth.tar'
-        best.rename(out / 'README.md')
-        best.symlink_to(out / 'README.md')
-    else:
-        names = out / 'README.md'
-        names.write_text('a\nb\nc\n')
+def test_force_never_touches_what_is_read_through_a_link_or_an_option(train_run, tmp_path):
+    out, best = export_run(train_run, tmp_path / 'out'), train_run / 'model_best.pth.tar'
+    (out / 'README.md').write_text('a\nb\nc\n')
     files = listing(tmp_path)
     with pytest.raises(FileExistsError, match='could be overwritten'):
-        export_run(train_run, out, force=True, class_names=names)
+        export_run(train_run, out, force=True, class_names=out / 'README.md')
+    assert listing(tmp_path) == files
+    best.rename(out / 'README.md')
+    best.symlink_to(out / 'README.md')
+    files = listing(tmp_path)
+    with pytest.raises(FileExistsError, match='could be overwritten'):
+        export_run(train_run, out, force=True)
     assert listing(tmp_path) == files
 
 
@@ -138,13 +129,9 @@ def test_of_two_exports_at_the_same_time_the_second_fails(train_run, tmp_path, m
 
 def test_a_file_that_appears_meanwhile_is_kept_and_named(train_run, tmp_path, monkeypatch):
     out, card = tmp_path / 'out', publish.run_card
-
-    def with_a_file(*args):
-        (out / 'README.md').write_text('mine')
-        return card(*args)
-
-    monkeypatch.setattr(publish, 'run_card', with_a_file)
-    with pytest.raises(FileExistsError, match=r'README.md'):
+    monkeypatch.setattr(
+        publish, 'run_card', lambda *args: (out / 'README.md').write_text('mine') and card(*args))
+    with pytest.raises(FileExistsError, match='README.md'):
         export_run(train_run, out)
     assert listing(out) == {'README.md': b'mine'}
 
@@ -154,32 +141,30 @@ import os, signal, sys
 from pathlib import Path
 from timm_ela.cli import main
 
-source, out, place, heeded = sys.argv[1:]
-signals = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]
+source, out = sys.argv[1:]
+SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP') if hasattr(signal, name)]
 armed = []
 
 
 def strike(event, args):
-    """Sends a signal to this process: as the card is opened, or at the n-th move of a file."""
-    if armed and event == place and (event == 'os.rename' or Path(str(args[0])).name == 'README.md'):
+    """Sends a signal to this process: as the card is opened, or as a file is moved, at the n-th time."""
+    if armed and (event == 'os.rename' or event == 'open' and Path(str(args[0])).name == 'README.md'):
         armed[0] -= 1
         if not armed[0]:
-            armed.clear()
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), armed.pop(1))
 
 
 def listing():
     return {path.name: path.read_bytes() for path in Path(out).rglob('*')} if os.path.exists(out) else None
 
 
-def export(nth):
+def export(nth, heeded=True):
     """Whether an export that is struck at the n-th time is written; if not, nothing has changed."""
-    global number
-    number, before = signals[nth % len(signals)], listing()
+    number, before = SIGNALS[nth % len(SIGNALS)], listing()
     # Not as inherited: a shell starts a program in the background with signals ignored.
     default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-    signal.signal(number, default if heeded == 'heeded' else signal.SIG_IGN)
-    armed[:] = [nth]
+    signal.signal(number, default if heeded else signal.SIG_IGN)
+    armed[:] = [nth, number]
     sys.argv = ['timm-ela', 'export', source, out, '--force', '--tag', f'number{nth}']
     try:
         main()
@@ -188,28 +173,26 @@ def export(nth):
         assert (end.code, listing()) == (2, before), (nth, number)
         return False
     finally:
+        struck.append(armed[0] <= 0)
         armed.clear()
 
 
 sys.addaudithook(strike)
 for before in ('nothing', 'an export'):
-    struck = next(nth for nth in range(1, 99) if export(nth)) - 1
-    print(f'{before}: {struck}')
+    struck = []
+    while not export(len(struck) + 1):
+        pass
+    print(f'{before}: {sum(struck)}')
+struck = []
+print('ignored:', [export(nth, heeded=False) for nth in (3, 4, 5)], struck)
 '''
 
 
-@pytest.mark.parametrize('place, new, replaced', [('open', 1, 1), ('os.rename', 4, 8)], ids=['written', 'moved'])
-def test_wherever_a_signal_strikes_the_folder_stays_as_it_was(train_run, tmp_path, place, new, replaced):
-    """SIGTERM, SIGINT and SIGHUP in turn. Files that are replaced are moved away first."""
-    done = run_python(INTERRUPTED, train_run, tmp_path / 'out', place, 'heeded')
-    assert [line for line in done.stdout.splitlines() if ': ' in line and 'Wrote' not in line] == [
-        f'nothing: {new}', f'an export: {replaced}']
+def test_wherever_a_signal_strikes_the_folder_stays_as_it_was_and_nohup_is_heeded(forks, train_run, tmp_path):
+    """SIGTERM, SIGINT and SIGHUP in turn: at the card and 4 moves, or 8 where each file is first moved away."""
+    done = forks(INTERRUPTED, train_run, tmp_path / 'out')
+    told = [line for line in done.stdout.splitlines() if not line.startswith('Wrote')]
+    assert told == ['nothing: 5', 'an export: 9', f'ignored: {[True] * 3} {[True] * 3}']
     said = [line for line in done.stderr.splitlines() if 'error' in line]
-    assert said == ['timm-ela export: error: interrupted; nothing was written'] * (new + replaced)
-    assert set(listing(tmp_path / 'out')) == {*ALL_FILES}
-
-
-def test_a_signal_that_is_ignored_stays_ignored_as_nohup_asks(train_run, tmp_path):
-    done = run_python(INTERRUPTED, train_run, tmp_path / 'out', 'os.rename', 'ignored')
-    assert 'nothing: 0' in done.stdout and 'interrupted' not in done.stderr
+    assert said == ['timm-ela export: error: interrupted; nothing was written'] * 14
     assert set(listing(tmp_path / 'out')) == {*ALL_FILES}

@@ -14,7 +14,6 @@ from timm.layers import convert_splitbn_model
 from timm.models import load_checkpoint, load_state_dict
 from torch import nn
 
-from timm_ela.hub import push
 from timm_ela.hub.publish import convert_checkpoint, export_run
 
 MODEL, PLAIN = 'mobilenetv2_050_ela_t', 'mobilenetv2_050'  # the smallest
@@ -266,24 +265,6 @@ def test_class_names_come_from_the_file_or_the_class_map_or_the_data(
     assert json.loads((folder / 'config.json').read_text()).get('label_names') == names
     assert load(folder).pretrained_cfg.get('label_names') == names
     assert ('No class names are written' in caplog.text) == (names is None)
-
-
-def test_a_pushed_card_names_its_repository(exported, monkeypatch):
-    class Hub:
-        def __init__(self, **_):
-            self.create_repo = lambda *_, **__: None
-
-        def upload_folder(self, *, folder_path, **_):
-            pushed.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
-            return Namespace(commit_url='url')
-
-    pushed, folder = {}, exported()
-    monkeypatch.setattr(push, 'HfApi', Hub)
-    monkeypatch.setattr(push, 'get_token', lambda: 'hf_x')
-    assert push.push_folder(folder, 'me/flowers') == 'url'
-    own = (folder / 'README.md').read_bytes()
-    assert pushed.pop('README.md') == own.replace(b'hf-hub:OWNER/NAME', b'hf-hub:me/flowers') != own
-    assert pushed == {name: (folder / name).read_bytes() for name in ('model.safetensors', 'config.json', 'args.yaml')}
 
 
 # Plain checkpoints
