@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,7 +38,12 @@ class File:
 @dataclass
 class Repo:
     private: bool
-    commits: list[tuple[str, str, dict[str, File]]]  # sha, title, files; the last one is `main`
+    files: dict[str, File]  # of `main`; earlier commits are not kept
+    pushes: list[str] = field(default_factory=list)  # titles of the commits that clients made, oldest first
+
+    @property
+    def sha(self) -> str:
+        return hashlib.sha1(repr((self.files, self.pushes)).encode()).hexdigest()
 
 
 class Hub:
@@ -89,26 +94,13 @@ class Hub:
 
     def add_repo(self, name: str, files: dict[str, Path | bytes], private: bool = False):
         """Puts a repository there as if it had been pushed."""
-        self.repos[name] = Repo(private, [])
-        self.commit(name, 'initial commit', {'.gitattributes': self.store(b'*.safetensors filter=lfs\n', False)})
-        if files:
-            self.commit(name, 'Add model', {
-                path: self.store(data if isinstance(data, bytes) else Path(data).read_bytes(), path.endswith(LARGE))
-                for path, data in files.items()})
+        files = {'.gitattributes': b'*.safetensors filter=lfs\n', **files}
+        self.repos[name] = Repo(private, {
+            path: self.store(data if isinstance(data, bytes) else Path(data).read_bytes(), path.endswith(LARGE))
+            for path, data in files.items()})
 
     def files(self, name: str) -> dict[str, bytes]:
-        """What `main` holds."""
-        return {path: file.path.read_bytes() for path, file in self.find(name, 'main')[1].items()}
-
-    def pushes(self, name: str) -> list[str]:
-        """Titles of the commits, oldest first, without the one in which the Hub creates a repository."""
-        return [title for _, title, _ in self.repos[name].commits[1:]] if name in self.repos else []
-
-    def find(self, name: str, revision: str) -> tuple[str, dict[str, File]]:
-        for sha, _, files in reversed(self.repos[name].commits):
-            if revision in ('main', sha):
-                return sha, files
-        raise Refusal(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
+        return {path: file.path.read_bytes() for path, file in self.repos[name].files.items()}
 
     def store(self, data: bytes, large: bool) -> File:
         sha256 = hashlib.sha256(data).hexdigest()
@@ -116,17 +108,10 @@ class Hub:
         etag = sha256 if large else hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
         return File(self.root / sha256, etag)
 
-    def commit(self, name: str, title: str, changes: dict[str, File]) -> str:
-        commits = self.repos[name].commits
-        tree = dict(sorted(((commits[-1][2] if commits else {}) | changes).items()))
-        sha = hashlib.sha1(repr((len(commits), title, tree)).encode()).hexdigest()
-        commits.append((sha, title, tree))  # all of it or nothing
-        return sha
-
 
 def route(methods: str, pattern: str):
     """Registers what answers requests to a path; named groups are its arguments."""
-    pattern = pattern.replace('{repo}', r'(?P<repo>[\w.-]+/[\w.-]+)').replace('{revision}', r'(?P<revision>[^/]+)')
+    pattern = pattern.replace('{repo}', r'(?P<repo>[\w.-]+/[\w.-]+)')
     return lambda function: ROUTES.append((methods.split(), re.compile(pattern), function)) or function
 
 
@@ -191,13 +176,6 @@ class Request(BaseHTTPRequestHandler):
     def named_repo(self, wanted: dict) -> str:
         return f'{wanted.get("organization") or self.user}/{wanted["name"]}'
 
-    @route('GET', '/api/whoami-v2')
-    def whoami(self):
-        if self.user is None:
-            raise Refusal(401, 'Invalid username or password.')
-        role = 'write' if self.may_write else 'read'
-        self.answer({'type': 'user', 'name': self.user, 'orgs': [], 'auth': {'accessToken': {'role': role}}})
-
     @route('POST', '/api/validate-yaml')
     def validate_yaml(self):
         self.answer({'errors': [], 'warnings': []})
@@ -221,10 +199,10 @@ class Request(BaseHTTPRequestHandler):
         del self.hub.repos[repo]
         self.answer()
 
-    @route('POST', '/api/models/{repo}/preupload/{revision}')
-    def preupload(self, repo: str, revision: str):
+    @route('POST', '/api/models/{repo}/preupload/[^/]+')
+    def preupload(self, repo: str):
         self.check_writable(repo)
-        _, there = self.hub.find(repo, revision)
+        there = self.hub.repos[repo].files
         self.answer({'files': [
             {'path': path, 'uploadMode': 'lfs' if path.endswith(LARGE) else 'regular', 'shouldIgnore': False,
              'oid': there[path].etag if path in there else None}
@@ -246,8 +224,8 @@ class Request(BaseHTTPRequestHandler):
         self.hub.store(self.body, large=True)
         self.answer()
 
-    @route('POST', '/api/models/{repo}/commit/{revision}')
-    def commit(self, repo: str, revision: str):
+    @route('POST', '/api/models/{repo}/commit/[^/]+')
+    def commit(self, repo: str):
         self.check_writable(repo)
         title, changes = '', {}
         for key, value in ((line['key'], line['value']) for line in map(json.loads, self.body.splitlines())):
@@ -259,29 +237,26 @@ class Request(BaseHTTPRequestHandler):
                 changes[value['path']] = file = File(self.hub.root / value['oid'], value['oid'])
                 if not file.path.exists():
                     raise Refusal(400, f'{value["path"]} was never uploaded')
-        sha = self.hub.commit(repo, title, changes)
+        self.hub.repos[repo].files |= changes  # all of them or none
+        self.hub.repos[repo].pushes.append(title)
+        sha = self.hub.repos[repo].sha
         self.answer({'success': True, 'commitOid': sha, 'commitUrl': f'{self.hub.url}/{repo}/commit/{sha}'})
 
-    @route('HEAD GET', '/{repo}/resolve/{revision}/(?P<path>.+)')
-    def download(self, repo: str, revision: str, path: str):
-        sha, files = self.hub.find(repo, revision)
-        if path not in files:
+    @route('HEAD GET', '/{repo}/resolve/[^/]+/(?P<path>.+)')
+    def download(self, repo: str, path: str):
+        file = self.hub.repos[repo].files.get(path)
+        if file is None:
             raise Refusal(404, 'Entry not found', 'EntryNotFound')
-        data = files[path].path.read_bytes()
-        self.answer(data, {
-            'X-Repo-Commit': sha, 'ETag': f'"{files[path].etag}"', 'X-Linked-Size': str(len(data))})
+        self.answer(file.path.read_bytes(), {'X-Repo-Commit': self.hub.repos[repo].sha, 'ETag': f'"{file.etag}"'})
 
-    @route('GET', '/api/models/{repo}(/revision/{revision})?')
-    def model_info(self, repo: str, revision: str | None):
-        sha, files = self.hub.find(repo, revision or 'main')
-        self.answer({'id': repo, 'sha': sha, 'private': self.hub.repos[repo].private, 'tags': [],
-                     'siblings': [{'rfilename': path} for path in files]})
+    @route('GET', '/api/models/{repo}(?:/revision/[^/]+)?')
+    def model_info(self, repo: str):
+        there = self.hub.repos[repo]
+        self.answer({'id': repo, 'sha': there.sha, 'private': there.private, 'tags': [],
+                     'siblings': [{'rfilename': path} for path in there.files]})
 
-    @route('GET', '/api/models/{repo}/tree/{revision}')
-    def tree(self, repo: str, revision: str):
-        entries = [{'type': 'file', 'path': path, 'size': file.path.stat().st_size, 'oid': file.etag}
-                   for path, file in self.hub.find(repo, revision)[1].items()]
-        for entry in entries:
-            if entry['path'].endswith(LARGE):
-                entry['lfs'] = {'oid': entry['oid'], 'size': entry['size'], 'pointerSize': 134}
-        self.answer(entries)
+    @route('GET', '/api/models/{repo}/tree/[^/]+')
+    def tree(self, repo: str):
+        self.answer([
+            {'type': 'file', 'path': path, 'size': file.path.stat().st_size, 'oid': file.etag}
+            for path, file in self.hub.repos[repo].files.items()])

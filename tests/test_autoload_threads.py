@@ -42,20 +42,17 @@ print(len(timm.list_models('*_ela_*')))
 '''
 
 
-@pytest.mark.parametrize(('turn', 'interval', 'fresh'), [
-    *((turn, interval, False) for turn in (0, 2, 4) for interval in (None, 1e-5)), (0, None, True), (2, 1e-5, True)])
-def test_threads_that_import_timm_end_and_the_models_are_there(forks, turn, interval, fresh):
-    """Also where they import torch: in a fresh interpreter, which must not hang."""
-    code = THREADS.format(interval=interval, statements=STATEMENTS, turn=turn, patience=0, number=NUMBER)
-    done = run_python(code, timeout=120) if fresh else forks(code)
-    assert done.stdout == f'{NUMBER}\n'
-    assert 'is not registered' not in done.stderr
-
-
-@pytest.mark.parametrize('turn', (0, 3, 6))
-def test_where_threads_import_modules_of_ours_too_the_models_are_there_a_moment_later(forks, turn):
-    statements = [*STATEMENTS, *OF_OURS]
-    done = forks(THREADS.format(interval=1e-5, statements=statements, turn=turn, patience=60, number=NUMBER))
+@pytest.mark.parametrize(('statements', 'turn', 'interval', 'patience', 'fresh'), [
+    *((STATEMENTS, turn, interval, 0, False) for turn in (0, 2, 4) for interval in (None, 1e-5)),
+    # Where they import torch too.
+    (STATEMENTS, 0, None, 0, True),
+    (STATEMENTS, 2, 1e-5, 0, True),
+    # Modules of ours wait for timm: the models are there a moment later.
+    *(([*STATEMENTS, *OF_OURS], turn, 1e-5, 60, False) for turn in (0, 3, 6)),
+])
+def test_threads_that_import_timm_end_and_the_models_are_there(forks, statements, turn, interval, patience, fresh):
+    code = THREADS.format(interval=interval, statements=statements, turn=turn, patience=patience, number=NUMBER)
+    done = run_python(code, timeout=120) if fresh else forks(code)  # a hang fails
     assert done.stdout == f'{NUMBER}\n'
     assert 'is not registered' not in done.stderr
 
@@ -66,8 +63,7 @@ def test_every_thread_that_has_imported_timm_knows_the_models(forks):
     assert not done.stderr
 
 
-# -- Cut off -----------------------------------------------------------------------------------------------------------
-
+# Cut off
 OURS = 'timm_ela.models.attn_efficientnet'
 FAILS_ONCE = '''
 import sys

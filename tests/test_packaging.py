@@ -47,25 +47,19 @@ def clean_python(tmp_path) -> Path:
     return tmp_path / 'env' / 'bin' / 'python'
 
 
-def test_the_wheel_holds_the_package_its_licence_and_its_entry_points(distributions):
+def test_wheel_and_source_hold_the_package_its_licence_and_its_entry_points(distributions):
+    info = f'timm_ela-{__version__}.dist-info'
     with zipfile.ZipFile(distributions[0]) as wheel:
         names = set(wheel.namelist())
-        info = f'timm_ela-{__version__}.dist-info'
-        assert {name for name in names if not name.startswith(info)} == SOURCES | DATA
-        assert f'{info}/licenses/LICENSE' in names
         entry_points = wheel.read(f'{info}/entry_points.txt').decode()
+    assert {name for name in names if not name.startswith(info)} == SOURCES | DATA
+    assert f'{info}/licenses/LICENSE' in names
     assert entry_points.split() == [
         '[console_scripts]', 'timm-ela', '=', 'timm_ela.cli:main',
         '[torch.backends]', 'timm_ela', '=', 'timm_ela.autoload:install']
-
-
-def test_the_source_distribution_builds_that_wheel_again(distributions):
     with tarfile.open(distributions[1]) as source:
         names = {name.partition('/')[2] for name in source.getnames()}
     assert names >= SOURCES | DATA | {'pyproject.toml', 'README.md', 'LICENSE'}
-
-
-def test_twine_finds_nothing_to_complain_about(distributions):
     done = run([sys.executable, '-m', 'twine', '--no-color', 'check', '--strict', *distributions])
     assert done.stdout.count('PASSED') == 2
 

@@ -80,9 +80,7 @@ def trained(pictures, tmp_path_factory) -> Path:
     return run_dir
 
 
-# -- train.py ----------------------------------------------------------------------------------------------------------
-
-
+# train.py
 def test_train_moves_every_ela_weight(trained):
     assert [row['epoch'] for row in summary(trained)] == [0]
     saved = checkpoint(trained)
@@ -138,9 +136,7 @@ def test_train_grafts_a_plain_checkpoint(pictures, tmp_path):
             torch.testing.assert_close(value, expected, rtol=rtol, atol=1e-20, msg=key)
 
 
-# -- validate.py, inference.py -----------------------------------------------------------------------------------------
-
-
+# validate.py, inference.py
 def test_the_validate_command_in_a_card_repeats_the_metrics_of_training(pictures, trained, tmp_path):
     """Of the averaged weights, as train.py's are with `--model-ema`."""
     run([sys.executable, '-m', 'timm_ela', 'export', trained, tmp_path / 'my-model'])
@@ -169,9 +165,7 @@ def test_inference_names_the_classes_that_training_measured(pictures, trained, t
     assert 100 * sum(right) / len(right) == pytest.approx(summary(trained)[0]['eval_top1'], abs=1e-3)
 
 
-# -- benchmark.py ------------------------------------------------------------------------------------------------------
-
-
+# benchmark.py
 def test_benchmark_measures_inference_and_training():
     done = script(
         'benchmark.py', '--model', 'mobilenetv2_050_ela_t', '--bench', 'both', '--device', 'cpu', '-b', 2,
@@ -184,9 +178,7 @@ def test_benchmark_measures_inference_and_training():
     assert measured['param_count'] == pytest.approx(count / 1e6, abs=0.006)
 
 
-# -- onnx_export.py ----------------------------------------------------------------------------------------------------
-
-
+# onnx_export.py
 @pytest.mark.parametrize('flag, sizes', [('--dynamic-size', [(32, 32), (48, 80)]), ('--dynamo', [(32, 32)])])
 def test_onnx_export_computes_the_same(trained, tmp_path, flag, sizes):
     onnxruntime = pytest.importorskip('onnxruntime')

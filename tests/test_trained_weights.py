@@ -51,17 +51,14 @@ def test_a_folder_is_what_a_repository_would_hold_and_small(folder):
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
 
 
-def test_the_weights_load_strictly_and_are_trained(folder):
+def test_the_weights_load_strictly_and_are_trained_and_the_class_names_are_in_the_config(folder):
     model = load(folder)
     weights = load_file(folder / 'model.safetensors')
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[k].to(v.dtype), v) for k, v in model.state_dict().items())
     assert all(m.gn.bias.abs().max() > 1e-2 for m in model.modules() if isinstance(m, EfficientLocalAttention))
-
-
-def test_the_class_names_are_in_the_config(folder):
     config = json.loads((folder / 'config.json').read_text())
-    assert len(config['label_names']) == config['num_classes'] == load(folder).num_classes
+    assert len(config['label_names']) == config['num_classes'] == model.num_classes
     assert config['architecture'] in MODELS
 
 

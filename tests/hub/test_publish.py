@@ -141,22 +141,21 @@ def test_a_run_with_split_batch_norm_is_exported_as_the_model_that_was_validated
     assert give_equal_logits(model, loaded)
 
 
-@pytest.mark.parametrize('row, measured', [
-    ('1,2.0,1.5,12.5,50.0,0.1', {'top1': 12.5, 'top5': 50.0}),  # a resumed run: its last line is what was saved
-    ('1,2.0,nan,12.5,nan,0.1', {'top1': 12.5}),
-    ('1,2.0,,,,0.1', {}),
+@pytest.mark.parametrize('row, checkpoint, measured', [
+    # A resumed run: its last line is what was saved.
+    ('1,2.0,1.5,12.5,50.0,0.1\r\n', 'model_best.pth.tar', {'top1': 12.5, 'top5': 50.0}),
+    ('1,2.0,nan,12.5,nan,0.1\r\n', 'model_best.pth.tar', {'top1': 12.5}),
+    ('1,2.0,,,,0.1\r\n', 'model_best.pth.tar', {}),
+    ('', 'last.pth.tar', {'top1': 60.0, 'top5': 84.75}),
 ])
-def test_the_accuracy_is_that_of_the_epochs_last_row(new_model, write_run, tmp_path, row, measured):
+def test_the_accuracy_is_in_the_last_row_of_the_checkpoints_epoch(
+        new_model, write_run, tmp_path, row, checkpoint, measured):
     run = write_run(new_model())
     with (run / 'summary.csv').open('a') as file:
-        file.write(f'{row}\r\n')
-    assert metrics(export_run(run, tmp_path / 'out')) == measured
-
-
-def test_another_checkpoint_has_its_own_epochs_accuracy(new_model, write_run, tmp_path):
-    folder = export_run(write_run(new_model()), tmp_path / 'out', checkpoint='last.pth.tar')
-    assert metrics(folder) == {'top1': 60.0, 'top5': 84.75}
-    assert not load(folder).get_classifier().bias.any()
+        file.write(row)
+    folder = export_run(run, tmp_path / 'out', checkpoint=checkpoint)
+    assert metrics(folder) == measured
+    assert load(folder).get_classifier().bias.any() == (checkpoint == 'model_best.pth.tar')
 
 
 @pytest.mark.parametrize('name, args, base, license', [
@@ -217,18 +216,14 @@ def test_a_second_stage_keeps_the_licence_of_the_folder_that_it_began_with(new_m
         run.rename(tmp_path / f'run{license}')
 
 
-def test_the_card_names_the_paper_of_the_models_own_attention(exported):
-    folder = exported('mobilenetv2_050_ca', pretrained=False)
-    assert '2103.02907' in card(folder).text and 'timm_ela' in card(folder).text
-    assert '2403.01123' not in card(folder).text and 'ela' not in card(folder).data.tags
-
-
-def test_a_model_of_timms_own_is_exported_and_called_so(exported, caplog):
-    folder = exported(PLAIN)
-    assert f'{PLAIN} is a model of timm, not one of timm_ela' in caplog.text
+@pytest.mark.parametrize('name, is_ours', [('mobilenetv2_050_ca', True), (PLAIN, False)])
+def test_the_card_of_a_model_without_ela_does_not_name_ela(exported, caplog, name, is_ours):
+    folder = exported(name)
+    text = card(folder).text
     assert load(folder).num_classes == 7
-    assert 'ELA' not in card(folder).text and 'timm_ela (' not in card(folder).text
-    assert 'ela' not in card(folder).data.tags
+    assert (f'{name} is a model of timm, not one of timm_ela' in caplog.text) != is_ours
+    assert ('2103.02907' in text) == ('timm_ela (' in text) == is_ours
+    assert 'ELA' not in text and '2403.01123' not in text and 'ela' not in card(folder).data.tags
 
 
 @pytest.fixture

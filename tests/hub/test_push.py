@@ -123,7 +123,7 @@ result = pulled.pretrained_cfg, same_weights, torch.equal(model(x), pulled(x))''
 def test_a_push_is_one_commit_of_three_files_with_the_repositorys_name_in_the_card(hub, client, folder):
     assert (folder / 'pytorch_model.bin').exists()
     client.push(folder)
-    assert len(hub.pushes('owner/model')) == 1
+    assert len(hub.repos['owner/model'].pushes) == 1
     pushed = hub.files('owner/model')
     assert pushed.keys() == {'.gitattributes', 'README.md', 'config.json', 'model.safetensors'}
     assert pushed['model.safetensors'] == (folder / 'model.safetensors').read_bytes()
@@ -174,7 +174,7 @@ def test_a_new_repository_is_private_if_asked_for_or_as_its_owner_has_set(hub, c
 def test_a_public_repository_is_not_taken_for_private(hub, client, folder):
     hub.add_repo('owner/model', {})
     assert 'public' in client.refused(folder, '--private')
-    assert hub.pushes('owner/model') == []
+    assert hub.repos['owner/model'].pushes == []
 
 
 @pytest.mark.parametrize('token, reason', [
@@ -212,9 +212,8 @@ def test_a_push_broken_off_leaves_all_as_it_was_and_can_be_repeated(hub, client,
     assert {name: hub.files(name) for name in hub.repos} == before
     assert files is None or not [request for request in hub.requests if request.startswith('DELETE')]
     hub.faults.clear()
-    pushes = len(hub.pushes('owner/model'))
     client.push(folder)
-    assert len(hub.pushes('owner/model')) == pushes + 1
+    assert len(hub.repos['owner/model'].pushes) == 1
 
 
 def test_a_repository_that_cannot_be_deleted_again_is_named(hub, client, folder):
@@ -222,7 +221,7 @@ def test_a_repository_that_cannot_be_deleted_again_is_named(hub, client, folder)
     hub.fail('DELETE', 403)
     line = client.refused(folder)
     assert 'was created and may be empty' in line and 'as it was before' not in line
-    assert hub.pushes('owner/model') == [] and 'owner/model' in hub.repos
+    assert hub.repos['owner/model'].pushes == []
 
 
 @pytest.mark.parametrize('created', [True, False])
@@ -242,6 +241,6 @@ HfApi.upload_folder = upload""", folder, OWNER)
 def test_a_push_whose_answer_is_lost_is_kept_and_not_pushed_twice(hub, client, folder):
     hub.fail('POST .*/commit/', 'lost', times=1)
     assert 'or complete' in client.refused(folder)
-    assert len(hub.pushes('owner/model')) == 1
+    assert len(hub.repos['owner/model'].pushes) == 1
     client.push(folder)
-    assert len(hub.pushes('owner/model')) == 1
+    assert len(hub.repos['owner/model'].pushes) == 1

@@ -12,31 +12,24 @@ from timm_ela.hub.train_run import TrainRun
 MODEL, PLAIN = 'mobilenetv2_050_ela_t', 'mobilenetv2_050'  # the smallest
 
 
-@pytest.fixture(scope='module')
-def model():
-    return timm.create_model(MODEL, num_classes=3)
-
-
 @pytest.mark.parametrize('old, new, told', [
     (b'70.5', b'5000', 'eval_top1 of epoch 1 is 5000.0, not a percentage from 0 to 100.'),
     (b'95.25', b'-5', 'eval_top5 of epoch 1 is -5.0, not a percentage from 0 to 100.'),
     (b'70.5', b'inf', 'eval_top1 of epoch 1 is inf, not a percentage from 0 to 100.'),
     (b'70.5', b'abc', "could not convert string to float: 'abc'"),
 ])
-def test_an_accuracy_that_cannot_be_is_refused(model, write_run, old, new, told):
-    folder = write_run(model)
-    path = folder / 'summary.csv'
+def test_an_accuracy_that_cannot_be_is_refused(train_run, old, new, told):
+    path = train_run / 'summary.csv'
     path.write_bytes(path.read_bytes().replace(old, new))
     with pytest.raises(ValueError) as error:
-        TrainRun.read(folder)
+        TrainRun.read(train_run)
     assert str(error.value) == f'{path}: {told}'
 
 
-def test_an_epoch_that_is_not_in_the_table_is_told(model, write_run, caplog):
-    folder = write_run(model)
-    path = folder / 'summary.csv'
+def test_an_epoch_that_is_not_in_the_table_is_told(train_run, caplog):
+    path = train_run / 'summary.csv'
     path.write_text(path.read_text().replace('\n1,', '\n7,'))
-    assert TrainRun.read(folder).metrics == {}
+    assert TrainRun.read(train_run).metrics == {}
     assert 'no row of epoch 1' in caplog.text
 
 
@@ -44,13 +37,12 @@ def test_an_epoch_that_is_not_in_the_table_is_told(model, write_run, caplog):
     {'num_classes': [3]}, {'gp': 3}, {'model_kwargs': 3}, {'model_kwargs': {'no_such': 2}}, {'input_size': 224},
     {'input_size': ['a', 'b', 'c']}, {'mean': [0.5, 0.5]},
 ], ids=str)
-def test_an_argument_that_timm_does_not_take_ends_in_its_error_with_the_files_name(model, write_run, tmp_path, change):
-    folder = write_run(model)
-    path = folder / 'args.yaml'
+def test_an_argument_that_timm_does_not_take_ends_in_its_error_with_the_files_name(train_run, tmp_path, change):
+    path = train_run / 'args.yaml'
     args = yaml.safe_load(path.read_text()) | change
     path.write_text(yaml.safe_dump(args))
     with pytest.raises(ValueError, match=f'^{path}: .') as error:
-        export_run(folder, tmp_path / 'out')
+        export_run(train_run, tmp_path / 'out')
     assert '\n' not in str(error.value) and error.value.__cause__
 
     checkpoint = tmp_path / 'c.pth.tar'  # train.py writes its arguments here, too
@@ -62,7 +54,7 @@ def test_an_argument_that_timm_does_not_take_ends_in_its_error_with_the_files_na
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
-def test_weights_that_are_not_finite_are_not_exported(model, write_run, tmp_path, value):
+def test_weights_that_are_not_finite_are_not_exported(write_run, tmp_path, value):
     broken = timm.create_model(MODEL, num_classes=3)
     with torch.no_grad():
         broken.blocks[2][0].bn1.running_var[1] = value
