@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.nn.modules.module import _has_any_global_hook
 
 from .reshaped import reshape_parameter
-from .tracing import is_fixed_export, is_on_cpu, is_recorded, is_traced, is_transformed
+from .tracing import is_fixed_export, is_on_cpu, is_onnx_export, is_recorded, is_traced, is_transformed
 
 VARIANTS: dict[str, dict[str, int]] = {
     't': dict(kernel_size=5, group_size=1, num_groups=32),
@@ -81,7 +81,6 @@ class EfficientLocalAttention(nn.Module):
         if channels % size['group_size']:
             multiples = f'ELA variant {variant!r} needs channels in multiples of group_size={size["group_size"]}'
             raise ValueError(f"{multiples}, got {channels}: variants 't' and 'b' take any number, or set group_size.")
-
         taps, groups, dd = size['kernel_size'], channels // size['group_size'], {'device': device, 'dtype': dtype}
         self.conv = StripConv(channels, channels, taps, padding=taps // 2, groups=groups, bias=False, **dd)
         if is_exportable():
@@ -98,8 +97,7 @@ class EfficientLocalAttention(nn.Module):
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the two gates of x: a_h (N, C, H) and a_w (N, C, W), values in (0, 1), in x's dtype."""
-        z_h, z_w = _strips(x)
-        return open_gates(x, self.gn(self.conv(z_h)), self.gn(self.conv(z_w)))
+        return open_gates(x, *(self.gn(self.conv(z)) for z in _strips(x)))
 
     @torch.jit.unused
     def _may_write_into(self, x: Tensor) -> bool:
@@ -129,14 +127,14 @@ class StripNorm(nn.GroupNorm):
     """GroupNorm of a strip."""
 
     def forward(self, z: Tensor) -> Tensor:
-        if torch.jit.is_scripting() or not (is_fixed_export(z) and z.shape[1] * z.shape[2] > self.num_groups):
+        if torch.jit.is_scripting() or is_onnx_export() or not (
+                is_fixed_export(z) and z.shape[1] * z.shape[2] > self.num_groups):
             return F.group_norm(z, self.num_groups, self.weight, self.bias, self.eps)
         else:
-            # XNNPACK has no group_norm, and takes a mean only over the last two dimensions of a 4-D map. OpenVINO turns
-            # this sequence, with its square root and quotient, into one operator.
+            # XNNPACK has no group_norm, and a mean over dimensions 2 and 3 only; OpenVINO turns this into one operator
             g = z.reshape(z.shape[0], self.num_groups, -1, 1)
             g = g - g.mean((2, 3), keepdim=True)
-            z = (g / (g.pow(2).mean((2, 3), keepdim=True) + self.eps).sqrt()).reshape(z.shape)
+            z = (g / ((g * g).mean((2, 3), keepdim=True) + self.eps).sqrt()).reshape(z.shape)
             return z * self.weight.view(-1, 1) + self.bias.view(-1, 1) if self.affine else z
 
 
@@ -175,8 +173,10 @@ def open_gates(x: Tensor, logits_h: Tensor, logits_w: Tensor) -> tuple[Tensor, T
 def gate(x: Tensor, logits_h: Tensor, logits_w: Tensor, inplace: bool = False) -> Tensor:
     """Returns x (N, C, H, W) times the sigmoids of logits_h (N, C, H) and logits_w (N, C, W)."""
     if torch.jit.is_scripting() or is_traced() or is_transformed():
-        (n, c, h, w), (a_h, a_w) = x.shape, open_gates(x, logits_h, logits_w)
-        return x * a_h.view(n, c, h, 1) * a_w.view(n, c, 1, w)
+        n, c, h, w = x.shape
+        a_h, a_w = open_gates(x, logits_h.view(n, c, h, 1), logits_w.view(n, c, 1, w))
+        # onnxruntime multiplies slowly by a gate, ExecuTorch by a product of gates
+        return x * (a_h * a_w) if not torch.jit.is_scripting() and is_onnx_export() else x * a_h * a_w
     elif is_recorded([x, logits_h, logits_w]):
         return _Gate.apply(x, logits_h, logits_w)
     else:

@@ -35,6 +35,12 @@ def is_fixed_export(x: torch.Tensor) -> bool:
 
 
 @torch.jit.unused
+def is_onnx_export() -> bool:
+    """True in an ONNX export with torch.onnx.export(dynamo=True)."""
+    return is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+@torch.jit.unused
 def is_recorded(tensors: list[torch.Tensor]) -> bool:
     """True if eager mode records a graph of what is computed from these tensors."""
     return (not is_traced() and not is_transformed()
