@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import is_exportable
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .reshaped import reshape_parameter
 from .tracing import is_fixed_export, is_on_cpu, is_onnx_export, is_recorded, is_traced, is_transformed
@@ -101,11 +101,12 @@ class EfficientLocalAttention(nn.Module):
 
     @torch.jit.unused
     def _may_write_into(self, x: Tensor) -> bool:
+        hooks = self._forward_pre_hooks or self._forward_hooks or _global_forward_pre_hooks or _global_forward_hooks
         # torch.fx passes a Proxy, and its graph may return x; in inference mode, only the storage's size shows a view
         return (
-            self.inplace and not (self.training or is_traced() or is_transformed()) and isinstance(x, Tensor) and not (
-                self._forward_pre_hooks or self._forward_hooks or _has_any_global_hook() or 'forward' in vars(self)
-                or x.requires_grad or x._is_view()) and x.untyped_storage().nbytes() == x.numel() * x.element_size())
+            self.inplace and not (self.training or hooks or 'forward' in vars(self) or is_traced() or is_transformed())
+            and isinstance(x, Tensor) and not (x.requires_grad or x._is_view())
+            and x.untyped_storage().nbytes() == x.numel() * x.element_size())
 
 
 class StripConv(nn.Conv1d):
@@ -216,9 +217,8 @@ class _Pool(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_h: Tensor, grad_w: Tensor) -> Tensor:
-        height, width = ctx.size
-        grad_h = _in_layout_of(grad, grad_h / width).unsqueeze(3)
-        grad_w = _in_layout_of(grad, grad_w / height).unsqueeze(2)
+        grad_h = _in_layout_of(grad, grad_h / ctx.size[1]).unsqueeze(3)
+        grad_w = _in_layout_of(grad, grad_w / ctx.size[0]).unsqueeze(2)
         if torch.is_grad_enabled():
             return grad + grad_h + grad_w
         # in place: _Gate.backward has made this gradient, and nothing else holds it
