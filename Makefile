@@ -6,6 +6,7 @@ DEMO := $(VENV)/.demo
 INSTALLED := $(VENV)/.installed
 
 ECOSYSTEM := .venv-ecosystem
+EDGE := .venv-edge
 
 .PHONY: demo test lint types ecosystem compat conformance cards study study-smoke study-gates bench
 
@@ -21,9 +22,10 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# The snippets of tests/ecosystem/README.md, with the real libraries.
-ecosystem: $(ECOSYSTEM)/.installed
-	$(ECOSYSTEM)/bin/python -m pytest -n 2 tests/ecosystem
+# The snippets of tests/ecosystem/README.md, with the real libraries. Those for phones pin versions of others'.
+ecosystem: $(ECOSYSTEM)/.installed $(EDGE)/.installed
+	$(ECOSYSTEM)/bin/python -m pytest -n 2 tests/ecosystem --ignore tests/ecosystem/test_deployment.py
+	$(EDGE)/bin/python -m pytest -n 2 tests/ecosystem/test_deployment.py
 
 # A part of the tests with the lowest and the highest versions that the metadata admits, each in its own environment.
 compat:
@@ -77,4 +79,9 @@ $(ECOSYSTEM)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(ECOSYSTEM)
 	$(ECOSYSTEM)/bin/python -m pip install --disable-pip-version-check \
 		--editable '.[ecosystem]' pytest pytest-xdist
+	touch $@
+
+$(EDGE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(EDGE)
+	$(EDGE)/bin/python -m pip install --disable-pip-version-check --editable '.[edge]' pytest pytest-xdist
 	touch $@

@@ -1,11 +1,14 @@
 """Time of models with attention beside the plain model in the runtimes of phones and PCs, as a Markdown table.
 
-A cell is the median of the ratio within a repeat, with its quartiles. The runtimes are installed by
-`pip install executorch openvino`; each uses the threads that it takes by itself.
+A cell is the median of the ratio within a repeat, with its quartiles, or the size of the model's files. It
+is 'refused' if the converter does not take the model; the log has its message. `pip install '.[edge]'` installs the
+runtimes. Each uses the threads that it takes by itself, and LiteRT those of PyTorch.
 """
 import argparse
 import logging
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import timm
@@ -18,7 +21,7 @@ import timm_ela  # noqa: F401  registers the models
 _logger = logging.getLogger(__name__)
 
 
-def executorch(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+def executorch(model: nn.Module, x: Tensor, folder: Path) -> Callable[[], Tensor]:
     """A call in ExecuTorch's runtime, lowered to XNNPACK."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
@@ -28,25 +31,52 @@ def executorch(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     delegates = sum('delegate' in str(target) for target in calls)
     others = sum('delegate' not in str(target) and 'getitem' not in str(target) for target in calls)
     _logger.info(f'{delegates} delegates, {others} operators outside')
-    program = Runtime.get().load_program(lowered.to_executorch().buffer)
+    lowered.to_executorch().save(str(folder / 'model.pte'))
+    program = Runtime.get().load_program(folder / 'model.pte')
     method = program.load_method('forward')
     assert method is not None
     # the program holds the memory that the method runs in
     return lambda program=program: method.execute([x])[0]
 
 
-def openvino(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+def litert(model: nn.Module, x: Tensor, folder: Path) -> Callable[[], Tensor]:
+    """A call in LiteRT's runtime, which takes one thread unless it is told."""
+    import litert_torch
+    from ai_edge_litert.interpreter import Interpreter
+    path, value = str(folder / 'model.tflite'), x.numpy()
+    litert_torch.convert(model, (x,)).export(path)
+    signature = Interpreter(path, num_threads=torch.get_num_threads()).get_signature_runner()
+    return lambda: torch.from_numpy(signature(args_0=value)['output_0'])
+
+
+def openvino(model: nn.Module, x: Tensor, folder: Path) -> Callable[[], Tensor]:
     """A call in OpenVINO's runtime on the CPU, for the least latency."""
     import openvino
     converted = openvino.convert_model(torch.export.export(model, (x,)))
-    compiled = openvino.compile_model(converted, 'CPU', {'PERFORMANCE_HINT': 'LATENCY'})
+    openvino.save_model(converted, folder / 'model.xml', compress_to_fp16=False)
+    compiled = openvino.compile_model(folder / 'model.xml', 'CPU', {'PERFORMANCE_HINT': 'LATENCY'})
     request, value = compiled.create_infer_request(), x.numpy()
     return lambda: torch.from_numpy(request.infer([value])[0])
 
 
-RUNTIMES: dict[str, Callable[[nn.Module, Tensor], Callable[[], Tensor]]] = {
+def onnxruntime(model: nn.Module, x: Tensor, folder: Path) -> Callable[[], Tensor]:
+    """A call in onnxruntime on the CPU."""
+    import onnxruntime
+    torch.onnx.export(
+        model, (x,), folder / 'model.onnx', dynamo=True, external_data=False, verbose=False, input_names=['x'])
+    options = onnxruntime.SessionOptions()
+    # idle threads that spin would slow the other models of the row
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    session = onnxruntime.InferenceSession(folder / 'model.onnx', options, providers=['CPUExecutionProvider'])
+    inputs = {'x': x.numpy()}
+    return lambda: torch.from_numpy(session.run(None, inputs)[0])
+
+
+RUNTIMES: dict[str, Callable[[nn.Module, Tensor, Path], Callable[[], Tensor]]] = {
     'ExecuTorch': executorch,
+    'LiteRT': litert,
     'OpenVINO': openvino,
+    'onnxruntime': onnxruntime,
 }
 BASES = {  # plain model -> prefix of those with attention
     'mobilenetv2_100': 'mobilenetv2',
@@ -55,25 +85,28 @@ BASES = {  # plain model -> prefix of those with attention
 }
 
 
-def prepare(name: str, runtime: str, x: Tensor) -> Call:
-    """A model's call in a runtime, which gives what PyTorch does."""
+def prepare(name: str, runtime: str, x: Tensor) -> tuple[Call, float]:
+    """A model's call in a runtime, which gives what PyTorch does, and the MiB of its files."""
     _logger.info(f'{name}, {runtime}')
     torch.manual_seed(0)
     model = timm.create_model(name, exportable=True).eval()
-    call = RUNTIMES[runtime](model, x)
+    with TemporaryDirectory() as folder:
+        call = RUNTIMES[runtime](model, x, Path(folder))
+        size = sum(path.stat().st_size for path in Path(folder).iterdir()) / 2 ** 20
     with torch.no_grad():
         expected = model(x)
     torch.testing.assert_close(call(), expected, rtol=0, atol=1e-3 * expected.abs().max().item())
-    return call
+    return call, size
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--bases', nargs='+', choices=BASES, default=['mobilenetv2_100'], help='plain models')
-    parser.add_argument('--layers', nargs='+', default=['ela_b', 'se', 'eca', 'ca'], help='suffixes of the others')
+    layers = ['ela_t', 'ela_b', 'se', 'eca', 'ca']
+    parser.add_argument('--layers', nargs='+', default=layers, help='suffixes of the others')
     parser.add_argument('--runtimes', nargs='+', choices=RUNTIMES, default=list(RUNTIMES), help='where they run')
     parser.add_argument('--img-size', type=int, default=224, help='height and width of the input')
-    parser.add_argument('--repeats', type=int, default=31, help='times that each call is run')
+    parser.add_argument('--repeats', type=int, default=101, help='times that each call is run')
     args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR, format='%(message)s')
     _logger.setLevel(logging.INFO)
@@ -81,10 +114,21 @@ def main() -> None:
     for base in args.bases:
         names = [base, *(f'{BASES[base]}_{layer}' for layer in args.layers)]
         for runtime in args.runtimes:
-            times = interleave({name: prepare(name, runtime, x) for name in names}, args.repeats)
-            cells = [ratio(times[name], times[base]) for name in names[1:]]
-            rows.append([base, runtime, 'inference, batch 1', f'{np.median(times[base]):.1f}', *cells])
-    head = ['plain model', 'way', 'mode', 'plain, ms', *(f'_{layer}' for layer in args.layers)]
+            prepared = {}
+            for name in names:
+                try:
+                    prepared[name] = prepare(name, runtime, x)
+                except (RuntimeError, ValueError) as error:
+                    # what converters raise for a model that they do not take
+                    _logger.error(f'{name}: {error}')
+            times = interleave({name: call for name, (call, _) in prepared.items()}, args.repeats)
+            cells = [ratio(times[name], times[base]) if name in times else 'refused' for name in names[1:]]
+            sizes = [f'{prepared[name][1]:.2f}' if name in prepared else '' for name in names]
+            rows += [
+                [base, runtime, 'inference, batch 1', f'{np.median(times[base]):.1f} ms', *cells],
+                [base, runtime, 'file, MiB', *sizes]]
+            _logger.info(markdown(rows[-2], rows[-1:]))
+    head = ['plain model', 'runtime', 'what', 'plain', *(f'_{layer}' for layer in args.layers)]
     print(f'Time beside the plain model at {args.img_size} px: {describe(args.repeats)}.\n\n{markdown(head, rows)}')
 
 

@@ -29,7 +29,8 @@ def no_such_model(request, **_):
 def readme_block(title: str) -> str:
     """The Python block under this heading of README.md."""
     text = Path(__file__).with_name('README.md').read_text(encoding='utf-8')
-    (code,) = re.findall(r'```python\n(.*?)```', text.split(f'\n## {title}\n')[1].split('\n## ')[0], re.DOTALL)
+    (section,) = re.findall(rf'^##+ {re.escape(title)}\n(.*?)^##', text, re.DOTALL | re.MULTILINE)
+    (code,) = re.findall(r'```python\n(.*?)```', section, re.DOTALL)
     assert 'timm_ela' not in code
     return code
 

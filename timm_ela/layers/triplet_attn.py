@@ -17,7 +17,7 @@ class AttentionGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pools x (N, D, A, B) over D, and gives the gate (N, 1, A, B)."""
-        pooled = torch.cat([x.max(1, keepdim=True)[0], x.mean(1, keepdim=True)], 1)
+        pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)
         return self.conv(pooled).sigmoid()
 
 
