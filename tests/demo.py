@@ -81,7 +81,7 @@ def classify_photographs() -> None:
           'greatest: by rounding. They say:')
     for name, probabilities in zip(PHOTOGRAPHS, logits.softmax(1), strict=True):
         p, i = probabilities.max(0)
-        print(f'  {name}.png is a {ImageNetInfo().index_to_description(int(i))} ({float(p):.2f})')
+        print(f'  {name}.png: {ImageNetInfo().index_to_description(int(i))} ({float(p):.2f})')
     run(TIMM_ELA, 'plot', ROOT / 'chelsea.png', '--model', f'local-dir:{folder}', '-o', ROOT / 'gates-grafted.png')
     run(TIMM_ELA, 'plot', ROOT / 'chelsea.png', '--model', SHIPPED, '-o', ROOT / 'gates-trained.png')
 

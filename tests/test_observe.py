@@ -15,12 +15,6 @@ from timm_ela.observe import observe
 
 
 @pytest.fixture
-def image():
-    """A wide picture without symmetries."""
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 13, 3), dtype=np.uint8)).resize((260, 140))
-
-
-@pytest.fixture
 def make_model(randomize):
     def make(name='resnet18_ela_t', cfg=None, **kwargs):
         kwargs = {'num_classes': 10, 'pretrained_cfg_overlay': {'input_size': (3, 64, 96), **(cfg or {})}, **kwargs}

@@ -24,7 +24,6 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
-from timm_ela import EfficientLocalAttention
 from timm_ela.models.registry import MODELS
 
 _logger = logging.getLogger(__name__)
@@ -74,8 +73,6 @@ def in_executorch(model: nn.Module, images: list[Tensor], in_float: str, folder:
     from executorch.runtime import Runtime
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-    if in_float == 'gates':
-        quantizer.set_module_type(EfficientLocalAttention, None)
     prepared = prepare_pt2e(torch.export.export(model, (images[0],)).module(), quantizer)
     for image in images:
         prepared(image)
@@ -109,7 +106,7 @@ IN_FLOAT = {
     'onnxruntime': {
         'plain': ('everything', 'all but convolutions', 'nothing'),
         '_ela_b': ('everything', 'all but convolutions', 'gates', 'nothing')},
-    'ExecuTorch': {'plain': ('nothing',), '_ela_b': ('gates', 'nothing')},
+    'ExecuTorch': {'plain': ('nothing',), '_ela_b': ('nothing',)},
 }
 
 
