@@ -2,7 +2,7 @@
 
 A cell is the median of the ratio within a repeat, with its quartiles, or the size of the model's files. It
 is 'refused' if the converter does not take the model; the log has its message. `pip install '.[edge]'` installs the
-runtimes. Each uses the threads that it takes by itself, and LiteRT those of PyTorch.
+runtimes. Each has its default number of threads, and LiteRT that of PyTorch.
 """
 import argparse
 import logging

@@ -11,7 +11,7 @@ from timm.models import get_arch_pretrained_cfgs
 
 from timm_ela import __version__
 from timm_ela.hub.cards import needs
-from timm_ela.layers.attn_layers import ELSA_VOLO
+from timm_ela.layers.attn_layers import ATTN_LAYERS, ELSA_VOLO
 from timm_ela.models.registry import MODELS
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,10 @@ def test_registry_cards_and_readme_have_the_same_names():
     names -= {model.name for model in ELSA_CARDS.values()}
     in_cards = [row[0] for name in CARDS for row in table(text(name), 'model |')]
     assert sorted(in_cards) == sorted(names | set(BASES.values()))
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8').split(START)[1].split('\n\n')[0]
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert f'{len(CARDS)} ResNet, MobileNetV2 and EfficientNet-Lite backbones' in readme
+    assert {*re.findall(r'`_(\w+)`', readme)} == ATTN_LAYERS.keys()
+    readme = readme.split(START)[1].split('\n\n')[0]
     layers = re.findall(r'`_(\w+)`', readme.splitlines()[0])
     prefixes = re.findall(r'^\| \[`(\w+)`\]\(weights_cards/(\w+)\.md\)', readme, re.MULTILINE)
     in_readme = {f'{prefix}_{layer}': base for prefix, base in prefixes for layer in layers}

@@ -1,12 +1,14 @@
 """The attention layers of the registered models, one row each: ELA's four sizes, and what ELA is compared with.
 
-The other layers have the settings of their papers, and are timm's modules where timm has them. Three of timm's modules
-differ from the paper's equations or the authors' code:
+The other layers have the settings of their papers, and are timm's modules where timm has them. Where a paper's
+equations and its authors' code differ, the layers have:
 
-- SEModule's two layers have biases, as in the authors' released models.
-- CbamModule's spatial convolution has a batch norm, as in the authors' code. Its channel MLP has no biases, as in the
-  paper's equation; the authors' code has them.
-- GlobalContext's LayerNorm has an epsilon of 1e-6; the authors' has 1e-5.
+- SE: biases in both layers, as in the authors' released models. The equations have none.
+- CBAM: a batch norm after the spatial convolution, as in the authors' code, and no biases in the channel MLP, as in the
+  equation.
+- Coordinate Attention: biases and at least 8 hidden channels, as in the authors' code.
+
+timm's GlobalContext has a LayerNorm with an epsilon of 1e-6, where the authors have 1e-5.
 """
 from collections.abc import Callable
 from functools import partial
@@ -65,7 +67,8 @@ class AttnLayer(NamedTuple):
         suffix: Suffix of the names of models with this layer.
         title: Name of the layer.
         paper: Paper that introduced it.
-        make: make(channels, device=..., dtype=...) returns the layer, which has at least one parameter.
+        make: make(channels, device=..., dtype=...) returns the layer. It must have a parameter, by which a checkpoint
+            of the model differs from one of the plain model.
         neutral: Neutral point, or None if the layer has none.
         no_weights: Why there are no pretrained weights, if the layer has no neutral point.
     """

@@ -55,7 +55,7 @@ def graft(
     Raises:
         RuntimeError: If only some of the attention weights are missing; if the weights are those of another
             architecture, even with timm's `pretrained_strict=False`; or if they cannot be grafted, because the layer
-            has no neutral point, a block holds another layer, or a norm cannot take the factor.
+            has no neutral point, a block holds another layer (one that has weights), or a norm cannot take the factor.
     """
     arch = model.pretrained_cfg.get('architecture', type(model).__name__)
     classes: Any = tuple(slots)
