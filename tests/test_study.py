@@ -22,6 +22,7 @@ STUDIES = ROOT / 'weights_cards' / 'studies'
 sys.path.insert(0, str(STUDIES))
 import gates  # noqa: E402  not of the package
 import report  # noqa: E402
+import study  # noqa: E402
 
 RUN = {
     'params': 4_000_000, 'train_images_per_second': 60.0, 'train_images': 50_000, 'test_images': 10_000, 'epochs': 3,
@@ -120,13 +121,16 @@ def test_the_studies_that_ship_are_the_pages_of_their_tables(tmp_path):
             assert (tmp_path / written).read_text() == (STUDIES / written).read_text()
 
 
-def study(*args: object, **kwargs):
+def run_study(*args: object, **kwargs):
     return run([sys.executable, STUDIES / 'study.py', *args], **kwargs)
 
 
-def test_a_folder_that_is_not_there_is_named_before_anything_runs(tmp_path):
-    done = study(tmp_path, '--scripts', tmp_path, '--output', tmp_path / 'out', exit_code=2)
-    assert f'there is no {tmp_path / "train"}' in done.stderr
+def test_a_folder_that_is_not_there_is_named_before_anything_runs(tmp_path, monkeypatch, capsys):
+    args = tmp_path, '--scripts', tmp_path, '--output', tmp_path / 'out'
+    monkeypatch.setattr(sys, 'argv', ['study.py', *map(str, args)])
+    with pytest.raises(SystemExit, match='2'):
+        study.main()
+    assert f'there is no {tmp_path / "train"}' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
 
 
@@ -203,11 +207,13 @@ for epoch in range(int(start), 3):
     return path
 
 
-def test_two_models_of_a_seed_see_the_same_augmented_images_in_every_epoch_and_after_a_resume(pictures, tmp_path):
+def test_two_models_of_a_seed_see_the_same_augmented_images_in_every_epoch_and_after_a_resume(
+        forks, pictures, tmp_path):
     def batches(model: str, seed: int = 3, start: int = 0) -> list[str]:
+        code = 'import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0])'
         loop = write_loop(tmp_path / 'loop.py')
-        command = [sys.executable, STUDIES / 'paired_train.py', loop, model, pictures, start, '--seed', seed]
-        return run(command).stdout.splitlines()
+        return forks(
+            code, STUDIES / 'paired_train.py', loop, model, pictures, start, '--seed', seed).stdout.splitlines()
 
     plain = batches('resnet18')
     assert len({*plain}) == 3  # each epoch has an order of its own
@@ -246,7 +252,7 @@ def test_a_study_starts_all_arms_from_one_network_runs_once_and_goes_on_where_it
     common = ('--scripts', scripts, '--output', out, '--images', 32, '--seeds', 1, '--img-size', 32)
 
     def go():
-        study(pictures, *common, '--epochs', 2, '--arms', 'plain', 'ela_b')
+        run_study(pictures, *common, '--epochs', 2, '--arms', 'plain', 'ela_b')
         return pd.read_csv(out / 'tints.csv')
 
     rows = go()
@@ -287,7 +293,7 @@ def test_a_study_starts_all_arms_from_one_network_runs_once_and_goes_on_where_it
     after = torch.load(folders[1] / 'checkpoint-1.pth.tar', weights_only=False)['state_dict']
     assert all(torch.equal(v, after[k]) for k, v in before.items())
 
-    done = study(pictures, *common, '--epochs', 3, '--arms', 'plain', exit_code=1)
+    done = run_study(pictures, *common, '--epochs', 3, '--arms', 'plain', exit_code=1)
     assert 'has epochs 2, not 3: choose another --output' in done.stderr
     assert set(pd.read_csv(out / 'tints.csv').epochs) == {2}  # the table is as it was
 
@@ -295,8 +301,8 @@ def test_a_study_starts_all_arms_from_one_network_runs_once_and_goes_on_where_it
     part, elsewhere = tmp_path / 'part.csv', tmp_path / 'elsewhere'
     rows[rows.arm == 'plain'].to_csv(part, index=False)
     again = [word if word != out else elsewhere for word in common]
-    study(pictures, *again, '--epochs', 2, '--arms', 'plain', 'ela_b', '--done', part)
+    run_study(pictures, *again, '--epochs', 2, '--arms', 'plain', 'ela_b', '--done', part)
     assert not (elsewhere / 'tf_efficientnet_lite0.seed0').exists()
     assert list(pd.read_csv(elsewhere / 'tints.csv').top1) == list(rows.top1)
-    done = study(pictures, *again, '--epochs', 3, '--arms', 'ela_b', '--done', part, exit_code=1)
+    done = run_study(pictures, *again, '--epochs', 3, '--arms', 'ela_b', '--done', part, exit_code=1)
     assert 'part.csv: plain of seed 0 has epochs 2, not 3' in done.stderr

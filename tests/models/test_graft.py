@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import timm
 import torch
-from helpers import DEVICE, LOSS, OPTIMIZERS, assert_same_first_step, attentions, first_step, load
+from helpers import DEVICE, LOSS, OPTIMIZERS, assert_same_first_step, attentions, first_step
 from safetensors.torch import save_file
 from timm.layers import GroupNorm1
 from torch import nn
@@ -27,13 +27,22 @@ LABELS = torch.tensor([3, 5, 0, 2], device=DEVICE)
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5}  # of logits, relative, where the bits are not the same
 
 
+def create(name, **kwargs):
+    """A timm model; a ResNet with few blocks, but of each kind."""
+    return timm.create_model(name, **({'layers': (2, 1, 1, 1)} if 'res' in name else {}), **kwargs)
+
+
+def load(name, state_dict, **kwargs):
+    return create(name, pretrained=True, pretrained_cfg_overlay={'state_dict': state_dict}, **kwargs)
+
+
 @pytest.fixture(scope='module')
 def plain(randomize):
     """Plain models whose every weight matters: as if trained, where a fresh ResNet hides its blocks. Do not change."""
     @cache
     def plain(base):
         torch.manual_seed(0)
-        return randomize(timm.create_model(base)).eval()
+        return randomize(create(base)).eval()
 
     return plain
 
@@ -183,9 +192,9 @@ def test_logits_are_the_same_in_half_precision_and_from_half_precision_files(pla
 
 def test_another_norm_takes_the_factor_before_the_layer_and_is_refused_behind_it(image, randomize):
     kwargs = {'norm_layer': GroupNorm1}
-    source = randomize(timm.create_model('resnet18', **kwargs))
+    source = randomize(create('resnet18', **kwargs))
     assert_same_logits(load('resnet18_ela_b', source.state_dict(), **kwargs), source, image, exact=True)
-    source = timm.create_model('mobilenetv2_050', **kwargs)
+    source = create('mobilenetv2_050', **kwargs)
     with pytest.raises(RuntimeError, match="it has no 'blocks.1.0.bn3.running_mean', which must make up for the att"):
         load('mobilenetv2_050_ela_b', source.state_dict(), **kwargs)
 
@@ -194,7 +203,7 @@ def test_another_norm_takes_the_factor_before_the_layer_and_is_refused_behind_it
 def test_only_the_norm_beside_the_layer_is_changed_and_the_rest_of_the_layer_is_random(plain, base, layer):
     source, factor = plain(base).state_dict(), ATTN_LAYERS[layer].neutral.factor
     before = {k: v.clone() for k, v in source.items()}
-    model = timm.create_model(f'{base}_{layer}')
+    model = create(f'{base}_{layer}')
     model.load_state_dict(graft_state_dict(source, model))  # not through timm's loader, which copies what it is given
     factors = {'bn2.weight': factor, 'bn2.bias': factor} if base in BEFORE else {
         'bn3.running_mean': 1 / factor, 'bn3.running_var': 1 / factor ** 2, 'bn3.weight': None}
@@ -272,7 +281,7 @@ def test_plain_weights_load_from_a_file(plain, image, tmp_path, base, layer, nam
     source, file = plain(base), tmp_path / name
     write = save_file if file.suffix == '.safetensors' else torch.save
     write(FILES[name](source.state_dict()), file)
-    model = timm.create_model(f'{base}_{layer}', pretrained=True, pretrained_cfg_overlay={'file': str(file)})
+    model = create(f'{base}_{layer}', pretrained=True, pretrained_cfg_overlay={'file': str(file)})
     assert_same_logits(model, source, image, exact=base in BEFORE)
 
 
