@@ -1,7 +1,7 @@
 """Our models are timm's with an attention layer in each slot, and counts.csv says what that costs.
 
 The table is held to the models as built and to published numbers; the layers' own parameters are counted by hand in
-tests/layers/test_attn_layers.py.
+tests/layers/formulas.py.
 """
 import re
 import sys
