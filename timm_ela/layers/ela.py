@@ -102,9 +102,10 @@ class EfficientLocalAttention(nn.Module):
     @torch.jit.unused
     def _may_write_into(self, x: Tensor) -> bool:
         hooks = self._forward_pre_hooks or self._forward_hooks or _global_forward_pre_hooks or _global_forward_hooks
-        # torch.fx passes a Proxy, and its graph may return x; in inference mode, only the storage's size shows a view
+        # torch.fx passes a Proxy, and its graph may return x; in inference mode, only the storage's size shows a view.
+        # is_traced() is before vars(), which PyTorch 2.5 cannot compile
         return (
-            self.inplace and not (self.training or hooks or 'forward' in vars(self) or is_traced() or is_transformed())
+            self.inplace and not (self.training or is_traced() or hooks or 'forward' in vars(self) or is_transformed())
             and isinstance(x, Tensor) and not (x.requires_grad or x._is_view())
             and x.untyped_storage().nbytes() == x.numel() * x.element_size())
 
