@@ -17,8 +17,8 @@ VERSIONS = {
     'highest': ('3.13', ['torch', 'timm', 'huggingface_hub']),
 }
 TESTS = ['layers', 'models', 'hub/test_push.py', 'test_autoload.py']
-# PyTorch 2.5 exports no dynamic height and width of a plain ResNet either, no batch norm to ONNX but in a model of
-# convolutions, and no fixed form for phones; torch.fx cannot trace its pruning.
+# PyTorch 2.5 exports no dynamic height and width of a plain ResNet either, and no batch norm to ONNX. It exports by
+# dynamo, where ELA's form for phones is not taken, and its torch.fx cannot trace its pruning.
 DESELECTED = {
     'lowest': 'not exports_with_any_height_and_width and not (elsa_volo and onnxruntime) '
               'and not (attn_layers and (exported and not ela_ or onnxruntime)) '
