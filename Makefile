@@ -31,7 +31,7 @@ ecosystem: $(ECOSYSTEM)/.installed $(EDGE)/.installed
 compat:
 	$(PYTHON) tests/compat.py
 
-# timm's own test suite on all models; `make test` runs a part of it.
+# timm's own test suite on all models: an hour on two cores, and up to 16 GB of memory. `make test` runs a part of it.
 conformance: $(INSTALLED)
 	$(BIN)/python tests/conformance.py -n 2
 

@@ -29,6 +29,7 @@ RUN = {
     'img_size': 96, 'recipe': '--opt sgd', 'hardware': 'a CPU', 'device': 'cpu', 'python': '3', 'torch': '2',
     'timm': '1', 'timm_ela': '0', 'train_py': 'ab',
 }
+BACKBONE = study.BACKBONE
 TOP1 = {'plain': (50, 51, 52), 'ela_b': (51, 53, 55), 'se': (52, 50, 53)}  # of the seeds 0, 1, 2
 
 
@@ -52,9 +53,17 @@ def page(tmp_path):
     return page
 
 
-def test_the_arms_are_plain_and_layers_with_a_neutral_point():
-    assert report.ARMS[0] == 'plain'
-    assert all(ATTN_LAYERS[arm].neutral for arm in report.ARMS[1:])
+def test_the_arms_are_plain_and_layers_with_a_neutral_point_and_one_of_them_by_the_old_graft():
+    first, *others = report.ARMS
+    assert first == 'plain' and 'ela_b_old' in others
+    assert all(ATTN_LAYERS[arm.removesuffix('_old')].neutral for arm in others)
+
+
+def test_the_page_says_what_the_mended_graft_is_worth_where_the_old_one_was_run(page):
+    text = page(table({**TOP1, 'ela_b_old': (50, 51, 52)}))
+    assert 'paired by seed: +2.00 points, with an uncorrected 95 % interval of [-0.48, +4.48]' in text
+    assert all(cells(text, 'ELA-B, graft of 0.2'))
+    assert 'run again' not in page(table(TOP1)) and 'graft of 0.2 |' not in page(table(TOP1))
 
 
 def test_an_interval_is_students_of_the_differences_seed_by_seed(page):
@@ -252,23 +261,34 @@ def test_a_study_starts_all_arms_from_one_network_runs_once_and_goes_on_where_it
     common = ('--scripts', scripts, '--output', out, '--images', 32, '--seeds', 1, '--img-size', 32)
 
     def go():
-        run_study(pictures, *common, '--epochs', 2, '--arms', 'plain', 'ela_b')
+        run_study(pictures, *common, '--epochs', 2, '--arms', 'plain', 'ela_b', 'ela_b_old')
         return pd.read_csv(out / 'tints.csv')
 
     rows = go()
-    assert list(rows.arm) == ['plain', 'ela_b'] and list(rows.train_images) == [96, 96]
+    assert list(rows.arm) == ['plain', 'ela_b', 'ela_b_old'] and list(rows.train_images) == 3 * [96]
     assert (rows.train_images_per_second > 0).all()
-    folders = [out / f'{name}.seed0' for name in ('tf_efficientnet_lite0', 'tf_efficientnet_lite0_ela_b')]
+    folders = [out / f'{name}.seed0' for name in (BACKBONE, f'{BACKBONE}_ela_b', f'{BACKBONE}_ela_b_old')]
     for row, folder in zip(rows.itertuples(), folders, strict=True):
         assert row.top1 == json.loads((folder / 'validate.json').read_text())['top1']
 
     plain, ours = torch.load(out / 'plain.seed0.pth'), load_file(folders[1] / 'start' / 'model.safetensors')
     assert all(torch.equal(ours[k], v) for k, v in plain.items() if 'bn3' not in k)
+    old, x, logits = load_file(folders[2] / 'old_graft.safetensors'), torch.randn(2, 3, 32, 32), []
+    scaled = {k for k in plain if k.endswith('conv_pwl.weight') and k.replace('conv_pwl', 'se.conv') in old}
+    assert scaled and all(torch.equal(old[k], v * 4 if k in scaled else v) for k, v in plain.items())
+    for name, weights in ((BACKBONE, plain), (f'{BACKBONE}_ela_b', ours), (f'{BACKBONE}_ela_b', old)):
+        model = timm.create_model(name, num_classes=3).eval()
+        model.load_state_dict(weights)
+        logits.append(model(x))
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], rtol=0, atol=1e-5 * logits[0].abs().max().item())
 
     run([sys.executable, STUDIES / 'gates.py', pictures, '--runs', out])
     learnt = pd.read_csv(out / 'tints.gates.csv')
-    assert list(learnt.stage) == [1, 2, 3, 4, 5, 6] and (learnt.spread > 0).all()
-    assert (learnt.top1 == rows.top1[1]).all() and (learnt.test_images == 24).all()
+    for row in rows.iloc[1:].itertuples():
+        of_arm = learnt[learnt.arm == row.arm]
+        assert list(of_arm.stage) == [1, 2, 3, 4, 5, 6] and (of_arm.top1 == row.top1).all()
+    assert (learnt.spread > 0).all() and (learnt.test_images == 24).all()
     # with frozen gates the images are prepared as validate.py prepares them
     model, _ = gates.measure_run(folders[1], pictures, images=8)
     transform = create_transform(**resolve_model_data_config(model))
@@ -302,7 +322,7 @@ def test_a_study_starts_all_arms_from_one_network_runs_once_and_goes_on_where_it
     rows[rows.arm == 'plain'].to_csv(part, index=False)
     again = [word if word != out else elsewhere for word in common]
     run_study(pictures, *again, '--epochs', 2, '--arms', 'plain', 'ela_b', '--done', part)
-    assert not (elsewhere / 'tf_efficientnet_lite0.seed0').exists()
-    assert list(pd.read_csv(elsewhere / 'tints.csv').top1) == list(rows.top1)
+    assert not (elsewhere / f'{BACKBONE}.seed0').exists()
+    assert list(pd.read_csv(elsewhere / 'tints.csv').top1) == list(rows.top1[:2])
     done = run_study(pictures, *again, '--epochs', 3, '--arms', 'ela_b', '--done', part, exit_code=1)
     assert 'part.csv: plain of seed 0 has epochs 2, not 3' in done.stderr

@@ -6,19 +6,22 @@ from scipy import stats
 
 from timm_ela import ATTN_LAYERS
 
-ARMS = ('plain', 'se', 'cbam', 'eca', 'ca', 'gc', 'ela_t', 'ela_b', 'ela_s', 'ela_l')
-TITLES = {'plain': 'none', **{name: layer.title for name, layer in ATTN_LAYERS.items()}}
+# ELA-B as timm_ela 0.2 grafted it, to show what another graft is worth
+OLD_GRAFT = '_old'
+ARMS = ('plain', 'se', 'cbam', 'eca', 'ca', 'gc', 'ela_t', 'ela_b', f'ela_b{OLD_GRAFT}', 'ela_s', 'ela_l')
+TITLES = {'plain': 'none', **{name: layer.title for name, layer in ATTN_LAYERS.items()},
+          f'ela_b{OLD_GRAFT}': 'ELA-B, graft of 0.2'}
 COLORS = {'plain': '#555555', 'ela': '#0072b2', 'other': '#e69f00'}  # Okabe and Ito
 LEVEL = 0.05
 INTRO = """\
 # Attention layers fine-tuned on {name}
 
 Every row of [{name}.csv]({name}.csv) is one run of timm's `train.py` and `validate.py`, by `make study`. All arms of a
-seed start from the same network to the bit (ImageNet weights of EfficientNet-Lite0, grafted by `timm-ela convert`, and
-one head). They see the same images in the same order: [paired_train.py](paired_train.py) starts `train.py` and seeds
-its loader anew at each epoch. Seeds differ in the head, the layers' free weights, the order and the augmentation, not
-in the images. The number is the top-1 accuracy of the final epoch on the test split, in percent. Empty cells were not
-run.
+seed start from the same function, up to rounding: ImageNet weights of EfficientNet-Lite0, grafted by `timm-ela
+convert`, and one head. They see the same images in the same order: [paired_train.py](paired_train.py) starts `train.py`
+and seeds its loader anew at each epoch. Seeds differ in the head, the layers' free weights, the order and the
+augmentation, not in the images. The number is the top-1 accuracy of the final epoch on the test split, in percent.
+Empty cells were not run.
 
 - {train_images} training images, {test_images} test images, epochs: {epochs}, {img_size} px.
 - One recipe for all, chosen on the plain model: `{recipe}`.
@@ -26,10 +29,7 @@ run.
   {train_py}.
 - Difference: paired by seed, with its uncorrected 95 % interval (Student's t). p: paired t-test, corrected by Holm for
   the number of arms. {power}
-- The graft of timm_ela 0.2 multiplied the projection weights after a gate by the inverse of the gate's neutral value: 4
-  for ELA, CA and CBAM, 2 for SE and ECA, 1 for GC. AdamW's steps do not grow with them, so these weights started with a
-  smaller relative learning rate than the plain model's. The arms differ in this, too. From 0.3 on, no projection is
-  scaled: rows of other versions do not belong in one table with these.
+{graft}
 - Training images/s: forward and backward of one batch on all cores, all arms in turn in one process, medians. A few
   images/s more or less are noise; [speed.md](speed.md) has ratios with quartiles, at 224 px.
 """
@@ -37,6 +37,19 @@ POWER = """\
 With {n} seeds and {arms} arms, the mean difference must exceed {ratio:.1f} standard deviations of the
   differences for the smallest corrected p to be below {level}. A difference that is not significant is no evidence that
   there is none.
+"""
+# of a table with the graft of 0.2 alone
+BEFORE_MEND = """\
+- The graft of timm_ela 0.2 multiplied the projection weights after a gate by the inverse of the gate's neutral value: 4
+  for ELA, CA and CBAM, 2 for SE and ECA, 1 for GC. AdamW's steps do not grow with them, so these weights started with a
+  smaller relative learning rate than the plain model's. The arms differ in this, too. From 0.3 on, no projection is
+  scaled: rows of other versions do not belong in one table with these.
+"""
+MENDED = """\
+- The study was run again when timm_ela 0.3 mended the graft. The graft of 0.2 multiplied the projection after a gate:
+  by 4 for ELA, CA and CBAM, by 2 for SE and ECA. Under AdamW such weights learn 4 or 2 times more slowly, relative to
+  their size, than the plain model's. The arm "{old}" starts in that way. ELA-B by the mended graft, less
+  that arm, paired by seed: {gain:+.2f} points, with an uncorrected 95 % interval of [{low:+.2f}, {high:+.2f}].
 """
 SHORT = """\
 ## An earlier study, from scratch
@@ -98,6 +111,16 @@ def verdict(lines: pd.DataFrame) -> str:
     return f'No difference to the plain model is significant at the level {LEVEL}, corrected: the table ranks no layer.'
 
 
+def graft(table: pd.DataFrame) -> str:
+    """What grafts the arms start from, and the difference that the mended one makes to ELA-B."""
+    by_seed = table.pivot(index='seed', columns='arm', values='top1').reindex(columns=['ela_b', f'ela_b{OLD_GRAFT}'])
+    gain = (by_seed['ela_b'] - by_seed[f'ela_b{OLD_GRAFT}']).dropna()
+    if len(gain) < 2:
+        return BEFORE_MEND.strip()
+    low, high = stats.ttest_1samp(gain, 0).confidence_interval(1 - LEVEL)
+    return MENDED.format(old=TITLES[f'ela_b{OLD_GRAFT}'], gain=gain.mean(), low=low, high=high).strip()
+
+
 def cells(arm: str, line: pd.Series) -> list[str]:
     """The cells of an arm's line."""
     if not line.n:
@@ -123,10 +146,11 @@ def page(table: pd.DataFrame, name: str) -> str:
     """The page of a study, all of it read from the table."""
     lines = compare(table)
     header = ['attention', 'n', 'top-1 (%)', 'against plain [95 %]', 'p', 'parameters', 'training images/s']
-    rows = [header, ['---', *['---:'] * 6], *(cells(arm, lines.loc[arm]) for arm in ARMS)]
+    rows = [header, ['---', *['---:'] * 6], *(
+        cells(arm, lines.loc[arm]) for arm in ARMS if lines.n[arm] or not arm.endswith(OLD_GRAFT))]
     values = {column: ', '.join(map(str, table[column].unique())) for column in table}
     parts = [
-        INTRO.format(name=name, power=power(lines), **values),
+        INTRO.format(name=name, power=power(lines), graft=graft(table), **values),
         '\n'.join(f'| {" | ".join(row)} |' for row in rows),
         verdict(lines),
         f'![Accuracy against parameters and against training speed]({name}.png)',
@@ -141,7 +165,7 @@ def draw(lines: pd.DataFrame, path: Path) -> None:
     figure = Figure(figsize=(11, 4.5), layout='constrained')
     columns = {'params': 'parameters', 'train_images_per_second': 'training images per second'}
     for ax, (column, label) in zip(figure.subplots(1, 2, sharey=True), columns.items(), strict=True):
-        for arm, marker in zip(ARMS, 'osP^vDX<>*', strict=True):
+        for arm, marker in zip(ARMS, 'osP^vDX<>*p', strict=True):
             line = lines.loc[arm]
             if line.n:
                 color = COLORS['plain' if arm == 'plain' else 'ela' if arm.startswith('ela') else 'other']
