@@ -85,8 +85,10 @@ def pytest_configure(config: pytest.Config) -> None:
     list_models = timm.list_models
 
     def list_our_models(*args, module='', **kwargs) -> list[str]:
-        """timm's tests name timm's modules, such as 'resnet'; our models of those families lie in modules of ours."""
+        """timm's tests select timm's models, by modules such as 'resnet' and by lists of patterns such as 'volo_*'."""
         ours = set(MODELS)
+        for key in {'filter', 'exclude_filters'} & kwargs.keys():
+            kwargs[key] = [*kwargs[key], *(f'elsa_{pattern}' for pattern in kwargs[key])]
         return [name for name in list_models(*args, **kwargs) if name.partition('.')[0] in ours]
 
     timm.list_models = list_our_models
