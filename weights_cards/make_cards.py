@@ -38,10 +38,11 @@ def measure(name: str) -> Counts:
 
 def write_counts(path: Path) -> None:
     """Writes the costs of the plain models and of ours, one line each."""
+    # counted before the file is opened: the package reads it, also after an interrupt
+    rows = [[name, *measure(name)] for name in (*BASES, *(m.base for m in ELSA_MODELS), *MODELS)]
     with path.open('w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file, lineterminator='\n')
-        writer.writerow(['name', *Counts._fields])
-        writer.writerows([name, *measure(name)] for name in (*BASES, *(m.base for m in ELSA_MODELS), *MODELS))
+        writer.writerows([['name', *Counts._fields], *rows])
 
 
 def card(data: ModelCardData, *sections: str) -> str:
