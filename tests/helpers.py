@@ -227,6 +227,7 @@ def compiled(m, x):
 
 def exported(m, x, **sizes):
     """Exported with these dimensions of x (N, C, H, W) free, such as n=0."""
+    # PyTorch 2.5 asks for a bound
     dynamic_shapes = ({i: torch.export.Dim(k, min=1 if k == 'n' else 2, max=2 ** 16) for k, i in sizes.items()},)
     program = torch.export.export(m, (x,), dynamic_shapes=dynamic_shapes)
     calls = [n.target for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
