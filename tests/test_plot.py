@@ -69,9 +69,8 @@ def test_the_numbers_drawn_are_those_observed(image, kwargs):
     model = make_model()
     figure, seen = plot_attention(image, model, **kwargs), observe(image, model, **kwargs)
     for ax, gate in zip(titled(figure, 'stage'), seen.gates, strict=True):
-        varies = '' if kwargs else 'varies most: '
-        assert ax.get_title(loc='left') == (
-            f'stage {gate.stage}: {gate.of}\n{varies}gate {gate.map.min():.2f} to {gate.map.max():.2f}')
+        values = f'{"gate" if kwargs else "varies most"}: {gate.map.min():.2f} to {gate.map.max():.2f}'
+        assert ax.get_title(loc='left') == f'stage {gate.stage}: {gate.of}\n{values}'
         a_h, a_w = (strip.patches[0].get_data().values for strip in strips(figure, ax))
         for drawn, right in ((ax.images[0].get_array(), gate.map), (a_h, gate.a_h), (a_w, gate.a_w)):
             np.testing.assert_array_equal(drawn, right)
@@ -112,6 +111,34 @@ def test_all_gates_have_one_scale_from_0(image, models):
         assert ax.get_xlim() == bar.get_xlim() == bar.images[0].get_clim() == (low, high)
 
 
+@pytest.mark.parametrize(('bias', 'title', 'scale'), [
+    (0, 'gate: 0.2500 to 0.2500', ['.4', '.6']), (0.004, 'gate: 0.2510 to 0.2510', ['.5', '.51']),
+    (-0.25, 'gate: 0.1917 to 0.1917', ['.4', '.5']),
+])
+def test_gates_that_hardly_move_are_shown_with_more_digits(image, bias, title, scale):
+    model = make_model(zero_gates=True)
+    for m in model.modules():
+        if isinstance(m, torch.nn.GroupNorm):
+            m.bias.data.fill_(bias)
+    figure = plot_attention(image, model, [2], channel=1)
+    ax, = titled(figure, 'stage')
+    assert ax.get_title(loc='left').splitlines()[1] == title
+    left, below = strips(figure, ax)
+    assert [[label.get_text() for label in labels] for labels in (left.get_xticklabels(), below.get_yticklabels())] == [
+        scale, scale]
+
+
+@pytest.mark.parametrize(('name', 'short'), [
+    ('dog', 'dog'), ('panpipe, pandean pipe, syrinx', 'panpipe, pandean pipe'),
+    ('rubber eraser, rubber, pencil eraser', 'rubber eraser, rubber'),
+    ('one very long name of a class', 'one very long name of…'),
+])
+def test_a_long_class_name_keeps_its_first_synonyms(image, name, short):
+    figure = plot_attention(image, make_model('resnet18'), class_names=[name] * 10)
+    assert all(text.endswith(f'%  {short}') for text in texts(figure) if '%' in text)
+    assert titled(figure, f'Grad-CAM: what speaks for\n{short}')
+
+
 def test_the_distribution_counts_every_gate_and_marks_a_quarter(image):
     model = make_model()
     ax, = titled(plot_attention(image, model, [2, 4]), 'All gates, of all channels\ndashed: 0.25, untrained graft')
@@ -127,7 +154,7 @@ def test_the_distribution_counts_every_gate_and_marks_a_quarter(image):
 @pytest.mark.parametrize(('bias', 'said'), [
     (0, 'Gates within 0.001 of an untrained graft (0.25): they have hardly moved.'),
     (0.01, 'Gates within 0.003 of an untrained graft (0.25): they have hardly moved.'),
-    (1, 'Gates up to 0.28 from an untrained graft (0.25): channel 0 of stage 1.'),  # sigmoid(1)^2 = 0.534
+    (1, 'The gates moved from 0.25 (untrained graft) by up to 0.28: channel 0 of stage 1.'),  # sigmoid(1)^2 = 0.534
 ])
 def test_the_title_says_in_words_how_far_the_gates_have_moved(image, bias, said):
     model = make_model(zero_gates=True)
@@ -150,7 +177,7 @@ def test_models_stand_below_each_other_in_columns_and_those_without_ela_have_two
     assert [text.get_position()[1] > box.y1 for text, box in zip(titles, boxes, strict=True)] == [True] * 3
     assert len([ax for ax in figure.axes if ax.get_title(loc='left')]) == 3 * 2 + 4 + 1
     assert len(titled(figure, 'stage')) == 4 and len([t for t in texts(figure) if '%' in t]) == 15
-    assert texts(figure).count('No ELA, so no gates.') == 2
+    assert texts(figure).count('The model has no ELA, so no gates are drawn.') == 2
     one, two = plot_attention(image, models[0]), plot_attention(image, models[:2])
     assert one.get_figwidth() == two.get_figwidth() < figure.get_figwidth() == 9
     assert one.get_figheight() < two.get_figheight() < figure.get_figheight()
@@ -173,6 +200,7 @@ def test_a_class_name_is_no_formula(image):
     ([make_model(size=(128, 64))], {}),
     ([make_model(in_chans=1, num_classes=2)], {}),
     ([make_model(zero_gates=True)], {'mean': True}),
+    ([make_model(zero_gates=True), make_model('resnet18_ca')], {'stages': [3, 4]}),
     ([make_model('resnet18')], {'topk': 10, 'titles': [f'local-dir:{"folder/" * 20}my-model']}),
     ([make_model('resnet18_se'), make_model('resnet18_ca', size=(64, 64))], {}),
     ([make_model('resnet18'), make_model(), make_model('mobilenetv2_ela_b', size=(96, 64))], {'topk': 8}),

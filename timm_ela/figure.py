@@ -56,18 +56,21 @@ def figure_class() -> type['Figure']:
 
 
 def _cut(name: str) -> str:
-    return name if len(name) <= 26 else f'{name[:25]}…'
+    """Shortens a name to what fits below a picture: ImageNet's names are lists of synonyms."""
+    while len(name) > 22 and ', ' in name:
+        name = name.rpartition(', ')[0]
+    return name if len(name) <= 22 else f'{name[:21]}…'
 
 
 def in_words(gates: Sequence[Gate]) -> str:
     """Says how far the gates have moved."""
     if not gates:
-        return 'No ELA, so no gates.'
+        return 'The model has no ELA, so no gates are drawn.'
     stage, moved = max(((gate.stage, abs(gate.all - _GRAFT).max((1, 2))) for gate in gates), key=lambda m: m[1].max())
     if moved.max() < _MOVED:
         return f'Gates within {max(moved.max(), 0.0005):.3f} of an untrained graft ({_GRAFT}): they have hardly moved.'
     where = f'channel {moved.argmax()} of stage {stage}'
-    return f'Gates up to {moved.max():.2f} from an untrained graft ({_GRAFT}): {where}.'
+    return f'The gates moved from {_GRAFT} (untrained graft) by up to {moved.max():.2f}: {where}.'
 
 
 def _draw_picture(seen: Observation, figure: 'Figure', box: _Box) -> None:
@@ -102,15 +105,18 @@ def _draw_cam(seen: Observation, cam: np.ndarray, figure: 'Figure', box: _Box) -
 def _draw_gate(gate: Gate, limit: float, figure: 'Figure', box: _Box) -> None:
     """Draws a gate as a map, a_h along its left edge and a_w along its lower edge."""
     height, width = gate.map.shape
-    values = f'{"varies most: " if gate.varies_most else ""}gate {gate.map.min():.2f} to {gate.map.max():.2f}'
+    low, high = gate.map.min(), gate.map.max()
+    digits = 2 if high - low > 0.01 else 4
+    values = f'{"varies most" if gate.varies_most else "gate"}: {low:.{digits}f} to {high:.{digits}f}'
     ax = box.axes(figure, f'stage {gate.stage}: {gate.of}\n{values}', frame=False)
     ax.imshow(gate.map, cmap=_GATES, vmin=0, vmax=limit, aspect='auto', extent=(0, width, height, 0))
 
-    # both strips share a scale, in tenths, and are filled from 0.5, where the gates of an untrained graft are
-    strips = [0.5, *gate.a_h, *gate.a_w]
-    low, high = np.floor(10 * min(strips)) / 10, np.ceil(10 * max(strips)) / 10
+    # both strips share a scale, in tenths or hundredths, and are filled from 0.5, where an untrained graft's gates are
+    strips = np.array([0.5, *gate.a_h, *gate.a_w])
+    parts = 10 if np.ptp(strips) > 0.02 else 100
+    low, high = np.floor(parts * strips.min()) / parts, np.ceil(parts * strips.max()) / parts
     low, high = (0.4, 0.6) if low == high else (low, high)
-    ticks = {'ticks': [low, high], 'labels': [f'{v:.1g}'.lstrip('0') or '0' for v in (low, high)], 'fontsize': 7}
+    ticks = {'ticks': [low, high], 'labels': [f'{v:.2g}'.lstrip('0') or '0' for v in (low, high)], 'fontsize': 7}
     fill = {'baseline': 0.5, 'fill': True, 'color': '#4477aa'}
     line = {'color': '0.4', 'linewidth': 0.8}
 
@@ -191,6 +197,8 @@ def draw(seen: Sequence[Observation], titles: Sequence[str], columns: int = 4) -
                 top, below = top + height + below + _TITLE, _BELOW
             left = i % columns * _CELL + _LEFT
             wide = i == len(panels) - 1 and columns > 2
+            # the labels of its stages are wider than a strip
+            left += 0.1 * wide
             placed.append((panel, _Box(left, top, columns * _CELL - left - 0.08 if wide else _MAP, height)))
         top += height + below + _END
 
