@@ -224,8 +224,10 @@ def test_options_of_an_export_are_refused_for_a_folder_that_is_exported(fails, t
 
 @pytest.mark.parametrize('words, told', [
     (['train'], "'train'"), (['export', 'run'], 'out_dir'), (['list', '--jsn'], '--jsn'),
-    (['convert', 'a.pth', 'out'], '--model'), (['list', 'vgg*'], "'vgg*'"), (['run', 'no.py', '-x'], 'no.py'),
-    (['plot', 'no.png', '--model', 'x'], 'no.png'), (['export', 'nothere', 'out'], 'There is no nothere/args.yaml'),
+    (['convert', 'a.pth', 'out'], '--model'), (['list', 'vgg*'], "'vgg*': `timm-ela list`"),
+    (['list', 'vgg'], 'use a wildcard'), (['push', 'nothere', 'me/x'], 'There is no folder nothere'),
+    (['run', 'no.py', '-x'], 'no.py'), (['plot', 'no.png', '--model', 'x'], 'no.png'),
+    (['export', 'nothere', 'out'], 'There is no nothere/args.yaml'),
     (['plot', 'no.png', '--model', 'x', '--channel', '1', '--mean'], 'not allowed with'),
 ], ids=' '.join)
 def test_a_line_that_is_not_understood_is_told_why(fails, words, told):

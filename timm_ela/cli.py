@@ -36,7 +36,8 @@ def _list(args: argparse.Namespace) -> None:
                 tags=[cfg.tag for cfg in cfgs if cfg.has_weights],
             ))
     if not rows:
-        raise ValueError(f'No model of timm_ela matches {args.filter!r}: use a wildcard, such as "resnet50*".')
+        advice = '`timm-ela list` shows all' if '*' in args.filter else 'use a wildcard, such as "resnet50*"'
+        raise ValueError(f'No model of timm_ela matches {args.filter!r}: {advice}.')
     if args.json:
         print(json.dumps(rows, indent=2))
         return
@@ -76,7 +77,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _export_options(args: argparse.Namespace) -> dict:
-    names = ('tag', 'ema', 'class_names', 'license', 'checkpoint')
+    names = ('tag', 'dataset', 'ema', 'class_names', 'license', 'checkpoint')
     return {name: getattr(args, name) for name in names}
 
 
@@ -127,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     run = argparse.ArgumentParser(add_help=False)
     run.add_argument('--checkpoint', metavar='NAME', default='model_best.pth.tar',
                      help='file name of the checkpoint in the run (default: %(default)s)')
+    run.add_argument('--dataset', metavar='NAME',
+                     help='name of the dataset in the card (default: that of the run, or its data folder)')
     commands: argparse._SubParsersAction = parser.add_subparsers(dest='command', metavar='COMMAND')
 
     def command(function, name: str, help: str, example: str, *parents) -> argparse.ArgumentParser:

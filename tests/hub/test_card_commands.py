@@ -94,7 +94,7 @@ def test_an_export_tells_no_path_and_no_user_of_the_machine(write_run, tmp_path)
         text = (folder / name).read_text(encoding='utf-8')
         assert 'ada' not in re.findall(r'[a-z]+', text) and str(tmp_path) not in text
         assert re.findall(r"""(?:^|[\s'"`])(?:~|[/\\]|[A-Z]:)[\w/\\]+""", text) == []
-        told = 'It needs files that are not published here: `names.txt`, `first.pth.tar`.'
+        told = '--data-dir DATA --class-map names.txt --initial-checkpoint first.pth.tar\n'
         assert (told in text) == (name == 'README.md')
 
 
@@ -116,6 +116,6 @@ def untrained(in_chans: int):
 def test_the_command_in_a_card_measures_what_train_py_measured(args, words):
     channels = 1 if '--in-chans' in words else 3
     run = TrainRun(TRAIN_ARGS | args, {}, False, 1, TRAINED)
-    text = run_card(untrained(channels), run, (channels, 64, 64), None)
+    text = run_card(untrained(channels), run, 'data', (channels, 64, 64), None)
     command = f'--data-dir DATA {words} --split validation --model hf-hub:OWNER/NAME --pretrained'.replace('  ', ' ')
     assert re.findall(r'^validate\.py (.*)$', text, re.MULTILINE) == [command]

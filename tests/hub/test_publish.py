@@ -149,6 +149,14 @@ def test_the_card_is_a_valid_model_card_with_the_split_and_the_versions(exported
     assert '\n\n\n' not in text and '{' not in text.split('```bibtex')[0]
 
 
+def test_a_dataset_can_be_named_where_its_folder_has_no_name(new_model, write_run, tmp_path):
+    run = write_run(new_model(), data_dir='/gone/data')
+    folder = export_run(run, tmp_path / 'out', dataset='Some Flowers')
+    assert f'# {MODEL}, trained on Some Flowers\n' in card(folder).text
+    assert {result.dataset_name for result in card(folder).data.eval_results} == {'Some Flowers'}
+    assert load(folder).pretrained_cfg['tag'] == 'some_flowers'
+
+
 @pytest.mark.parametrize('args, lines', [
     ({}, ['Epochs: 8', 'Batch size: 64', 'Optimizer: adamw', 'Learning rate: 0.002', 'Schedule: cosine', 'Seed: 42',
           'Image size: 64 x 64', 'Augmentation: scale [0.08, 1.0], ratio [0.75, 1.3333333333333333], hflip 0.5, '

@@ -33,6 +33,14 @@ def test_an_epoch_that_is_not_in_the_table_is_told(train_run, caplog):
     assert 'no row of epoch 1' in caplog.text
 
 
+def test_a_folder_that_is_no_run_is_told_from_what_it_holds(train_run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f'train.py, such as {train_run}.$'):
+        export_run(train_run.parent, tmp_path / 'other' / 'out')
+    out = export_run(train_run, tmp_path / 'out')
+    with pytest.raises(FileNotFoundError, match=f'^{out} is an export already: push it'):
+        export_run(out, tmp_path / 'other' / 'out')
+
+
 @pytest.mark.parametrize('change', [
     {'num_classes': [3]}, {'gp': 3}, {'model_kwargs': 3}, {'model_kwargs': {'no_such': 2}}, {'input_size': 224},
     {'input_size': ['a', 'b', 'c']}, {'mean': [0.5, 0.5]},

@@ -127,6 +127,7 @@ def test_sizes_are_the_papers_and_each_can_be_overridden_alone(channels, kwargs,
 @pytest.mark.parametrize(('call', 'value'), [
     (lambda: EfficientLocalAttention(64, 'x'), "'x'"),
     (lambda: EfficientLocalAttention(64, ''), "''"),
+    (lambda: EfficientLocalAttention(0), 'channels of ELA must be positive, got 0'),
     (lambda: EfficientLocalAttention(60, 's'), '60'),
     (lambda: EfficientLocalAttention(20, 'l'), '20'),
     (lambda: EfficientLocalAttention(64, kernel_size=4), '4'),

@@ -195,6 +195,7 @@ KWARGS = pytest.mark.parametrize('kwargs', [{}, {'num_classes': 7}, {'features_o
      "'_fc' stands where tf_efficientnet_lite1_ela_b has 'blocks.5.1.conv_dw'"),
     ('efficientnet_pytorch', 'mobilenetv2_ela_b', "'_fc' stands where mobilenetv2_ela_b has 'blocks.6.0.conv_dw'"),
     ('efficientnet_pytorch', 'mobilenetv2_sa', 'stands where mobilenetv2_sa has'),
+    ('efficientnet_pytorch', 'efficientnet_lite0_ela_b', "needs TensorFlow's padding, which efficientnet_lite0_ela_b"),
 ])
 def test_what_does_not_map_is_named(checkpoints, name, other, message, kwargs):
     with pytest.raises(RuntimeError, match=re.escape(message)):

@@ -58,10 +58,10 @@ validate.py --data-dir DATA {{ validate_options }}
 [args.yaml](./args.yaml) holds all arguments. To repeat the run:
 
 ```bash
-train.py --config args.yaml --data-dir DATA
+train.py --config args.yaml --data-dir DATA{{ files and ' ' ~ files }}
 ```
 {% if files %}
-It needs files that are not published here: {{ files | join(', ') }}.
+The command names files that are not published here.
 {% endif %}{% else %}
 ## Train
 
@@ -130,12 +130,13 @@ def train_command(name: str, num_classes: int, in_chans: int) -> str:
         model=name, pretrained=True, num_classes=None if num_classes else 'N', in_chans=in_chans))
 
 
-def run_card(model: nn.Module, run: TrainRun, input_size: tuple[int, int, int], base_model: str | None) -> str:
+def run_card(
+        model: nn.Module, run: TrainRun, dataset: str, input_size: tuple[int, int, int], base_model: str | None) -> str:
     """Returns the card of a model that a run trained and tested at input_size. base_model is its start on the Hub."""
     args, name = published_args(run.args), model.pretrained_cfg['architecture']
     results = [
         EvalResult(
-            'image-classification', dataset_type=run.dataset, dataset_name=run.dataset, dataset_split=run.val_split,
+            'image-classification', dataset_type=dataset, dataset_name=dataset, dataset_split=run.val_split,
             metric_type='accuracy', metric_name=f'Top-{key[3:]} accuracy', metric_value=value)
         for key, value in run.metrics.items()]
     same = ['dataset', 'class_map', 'input_key', 'target_key', 'input_img_mode', 'model_dtype', 'fast_norm', 'amp']
@@ -145,12 +146,12 @@ def run_card(model: nn.Module, run: TrainRun, input_size: tuple[int, int, int], 
     # --no-aug switches off the transforms, but not mixup and cutmix
     transforms = () if args.get('no_aug') else ('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob')
     return _fill(
-        model, dict(base_model=base_model, model_name=f'{name} on {run.dataset}', eval_results=results or None),
-        source=run.dataset, run=run, args=args, size=' x '.join(map(str, input_size[1:])),
+        model, dict(base_model=base_model, model_name=f'{name} on {dataset}', eval_results=results or None),
+        source=dataset, run=run, args=args, size=' x '.join(map(str, input_size[1:])),
         origin='trained with timm\'s `train.py`' + (f' from `{base_model}`' if base_model else ''),
         validate_options=_options(validate),
         augmentation=[f'{k} {args[k]}' for k in (*transforms, 'mixup', 'cutmix', 'cutmix_minmax') if args.get(k)],
-        files=[f'`{args[key]}`' for key in FILE_ARGS if args.get(key)])
+        files=_options({key: args.get(key) for key in FILE_ARGS}))
 
 
 def converted_card(model: nn.Module, source: str, grafted: bool) -> str:

@@ -145,9 +145,9 @@ def _write(folder: Path, model: nn.Module, data_config: dict[str, Any] | None, c
 
 
 def export_run(
-        run_dir: str | Path, out_dir: str | Path, *, tag: str | None = None, ema: bool = True,
-        class_names: str | Path | None = None, checkpoint: str = 'model_best.pth.tar', license: str | None = None,
-        force: bool = False) -> Path:
+        run_dir: str | Path, out_dir: str | Path, *, tag: str | None = None, dataset: str | None = None,
+        ema: bool = True, class_names: str | Path | None = None, checkpoint: str = 'model_best.pth.tar',
+        license: str | None = None, force: bool = False) -> Path:
     """Writes a run of timm's train.py as a folder of model.safetensors, config.json, README.md and args.yaml.
 
     The weights are those that the metrics in summary.csv were measured on. args.yaml holds the run's arguments without
@@ -157,6 +157,7 @@ def export_run(
         run_dir: Folder with args.yaml, summary.csv and the checkpoint.
         out_dir: Folder to write; its files appear only when all are complete.
         tag: The weights' tag; by default the dataset's name.
+        dataset: Name of the dataset for the card; by default that of the run, or of its data folder.
         ema: False takes the raw weights of a run that kept an average, and gives no accuracy for them.
         class_names: Text file with one class name per line.
         checkpoint: Name of the checkpoint in run_dir.
@@ -172,6 +173,7 @@ def export_run(
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     with _new_folder(out_dir, [run_dir, *run_dir.glob('*'), class_names], force) as folder:
         run = TrainRun.read(run_dir, checkpoint, ema)
+        dataset = dataset or run.dataset
         with errors_name(run_dir / 'args.yaml'):
             model = timm.create_model(run.args['model'], **_create_args(run.args))
             data_config = resolve_input_data_config(model, run.args)
@@ -185,11 +187,11 @@ def export_run(
         from_cfg = bool(run.args.get('pretrained') and not other_start)
         _describe_weights(cfg, license, keep=from_cfg)
         base = (cfg.get('hf_hub_id') or '') if from_cfg else ''
-        card = run_card(model, run, data_config['input_size'], base.partition('@')[0] or None)
+        card = run_card(model, run, dataset, data_config['input_size'], base.partition('@')[0] or None)
         # timm drops the plain weights' test sizes, since data_config has the run's
         _write(
             folder, model, data_config, card, label_names=read_class_names(run.args, model.num_classes, class_names),
-            pretrained_cfg={'tag': tag or run.dataset.lower().replace(' ', '_')})
+            pretrained_cfg={'tag': tag or dataset.lower().replace(' ', '_')})
         write_args(run.args, folder / 'args.yaml')
     return out_dir
 

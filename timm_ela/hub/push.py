@@ -84,11 +84,13 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False) -> s
         private: Whether the repository must be private. If not, the owner's settings decide for a new one.
 
     Raises:
-        FileNotFoundError: If the folder lacks a file.
+        FileNotFoundError: If the folder does not exist or lacks a file.
         ValueError: If repo_id is not OWNER/NAME, or timm could not load the folder.
         PermissionError: If there is no token, or the repository is public and should be private.
         RuntimeError: If the Hub refuses the upload or it breaks off. A repository that was created for it is deleted.
     """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f'There is no folder {folder}.')
     _check_access(repo_id)
     with TemporaryDirectory() as temporary:
         _copy(Path(folder), Path(temporary), repo_id)

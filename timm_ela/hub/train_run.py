@@ -120,6 +120,8 @@ class TrainRun:
         """
         args = read_args(run_dir)
         if not (run_dir / checkpoint).is_file():
+            if (run_dir / 'config.json').is_file():
+                raise FileNotFoundError(f'{run_dir} is an export already: push it, or load it as local-dir:{run_dir}.')
             raise FileNotFoundError(f'{run_dir} has no {checkpoint}: choose another one with --checkpoint NAME.')
         # with --model-ema-force-cpu, train.py tests the raw weights
         on_cpu = bool(args.get('model_ema_force_cpu'))
@@ -165,7 +167,9 @@ def read_args(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / 'args.yaml'
     if not path.is_file():
-        raise FileNotFoundError(f'There is no {path}: give the output folder of a run of train.py.')
+        runs = [file.parent for file in run_dir.glob('*/args.yaml')]
+        newest = f', such as {max(runs, key=lambda run: run.stat().st_mtime)}' if runs else ''
+        raise FileNotFoundError(f'There is no {path}: give the output folder of a run of train.py{newest}.')
     with errors_name(path):
         args = yaml.safe_load(path.read_text(encoding='utf-8'))
         if not isinstance(args, dict) or not isinstance(args.get('model'), str):

@@ -75,9 +75,10 @@ class EfficientLocalAttention(nn.Module):
             raise ValueError(f'Unknown ELA variant {variant!r}: it is one of {", ".join(map(repr, VARIANTS))}.')
         given = dict(kernel_size=kernel_size, group_size=group_size, num_groups=num_groups)
         size = {**VARIANTS[variant], **{k: v for k, v in given.items() if v is not None}}
-        for name, value in size.items():
+        for name, value in {'channels': channels, **size}.items():
             if value < 1 or (name == 'kernel_size' and value % 2 == 0):
-                raise ValueError(f'ELA needs a positive{" odd" if name == "kernel_size" else ""} {name}, got {value}.')
+                wanted = 'positive and odd' if name == 'kernel_size' else 'positive'
+                raise ValueError(f'{name} of ELA must be {wanted}, got {value}.')
         if channels % size['group_size']:
             multiples = f'ELA variant {variant!r} needs channels in multiples of group_size={size["group_size"]}'
             raise ValueError(f"{multiples}, got {channels}: variants 't' and 'b' take any number, or set group_size.")

@@ -6,6 +6,7 @@
 """
 from itertools import zip_longest
 
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 # each of these layouts has one of the names, and timm's layout has none
@@ -29,10 +30,12 @@ def rename_state_dict(weights: dict[str, Tensor], model: nn.Module) -> dict[str,
     """Gives weights in one of these layouts timm's names, by their order. Other weights keep their names.
 
     Raises:
-        RuntimeError: If the parameters of a module differ from those of the model's module at the same place.
+        RuntimeError: If the parameters of a module differ from those of the model's module at the same place, or if the
+            weights were trained with TensorFlow's padding and the model has another.
     """
     if not any(stem in weights for stem in _STEMS):
         return weights
+    arch = model.pretrained_cfg['architecture']
     theirs, own = _modules(weights), _modules(model.state_dict())
     names = [*own, *(end for end in _ENDS if end not in own)]
     plain = [name for name in names if '.se.' not in f'{name}.']
@@ -44,6 +47,9 @@ def rename_state_dict(weights: dict[str, Tensor], model: nn.Module) -> dict[str,
             reason = 'its names are sorted, as in a safetensors file, load the original' if keys == sorted(keys) else \
                 'it is of another architecture, or not in the original order'
             raise RuntimeError(
-                f'The checkpoint is read by order, and {module!r} stands where {model.pretrained_cfg["architecture"]} '
-                f'has {name or "nothing more"!r}: {reason}.')
+                f'The checkpoint is read by order, and {module!r} stands where {arch} has '
+                f'{name or "nothing more"!r}: {reason}.')
+    # all weights in EfficientNet-PyTorch's layout were trained in TensorFlow, or with its padding
+    if '_conv_stem.weight' in weights and not isinstance(model.conv_stem, Conv2dSame):
+        raise RuntimeError(f'The checkpoint needs TensorFlow\'s padding, which {arch} does not have: tf_{arch} has it.')
     return {f'{places[module]}.{name}': v for k, v in weights.items() for module, _, name in [k.rpartition('.')]}
