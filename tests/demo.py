@@ -112,7 +112,7 @@ def find_scripts() -> Path | None:
     print(f'\n$ {shlex.join(command)}', flush=True)
     try:
         env = {**os.environ, 'GIT_TERMINAL_PROMPT': '0'}
-        subprocess.run(command, check=True, capture_output=True, timeout=60, env=env)
+        subprocess.run(command, check=True, timeout=60, env=env)
     except (OSError, subprocess.SubprocessError):
         return None
     scripts.mkdir(exist_ok=True)
@@ -189,7 +189,7 @@ def check() -> None:
 
 def main() -> None:
     """Classifies with ImageNet weights; then trains, validates, exports, loads back and draws."""
-    print('This takes about 2 minutes on 2 cores, and 80 MB in demo/. timm\'s scripts are cloned, or in TIMM_SCRIPTS.')
+    print('This takes about 2 minutes on 2 cores, and up to 80 MB in demo/. timm\'s scripts are cloned, or in TIMM_SCRIPTS.')
     classify_photographs()
     write_digits()
     scripts = find_scripts()
