@@ -189,7 +189,8 @@ def check() -> None:
 
 def main() -> None:
     """Classifies with ImageNet weights; then trains, validates, exports, loads back and draws."""
-    print('This takes about 2 minutes on 2 cores, and up to 80 MB in demo/. timm\'s scripts are cloned, or in TIMM_SCRIPTS.')
+    print('This takes about 2 minutes on 2 cores, and up to 80 MB in demo/. timm\'s scripts are cloned, or in '
+          'TIMM_SCRIPTS.')
     classify_photographs()
     write_digits()
     scripts = find_scripts()
