@@ -153,29 +153,37 @@ def page(table: pd.DataFrame, name: str) -> str:
         INTRO.format(name=name, power=power(lines), graft=graft(table), **values),
         '\n'.join(f'| {" | ".join(row)} |' for row in rows),
         verdict(lines),
-        f'![Accuracy against parameters and against training speed]({name}.png)',
+        f'![Top-1 beside the plain model\'s, parameters and training speed]({name}.png)',
         short_schedule()]
     return '\n\n'.join(part.strip() for part in parts if part) + '\n'
 
 
-def draw(lines: pd.DataFrame, path: Path) -> None:
-    """Accuracy against parameters and against training speed: means over the seeds, and their deviation."""
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Each arm's top-1 beside the plain model's, seed by seed and with the interval of the mean; its size and speed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout='constrained')
-    columns = {'params': 'parameters', 'train_images_per_second': 'training images per second'}
-    for ax, (column, label) in zip(figure.subplots(1, 2, sharey=True), columns.items(), strict=True):
-        for arm, marker in zip(ARMS, 'osP^vDX<>*p', strict=True):
-            line = lines.loc[arm]
-            if line.n:
-                color = COLORS['plain' if arm == 'plain' else 'ela' if arm.startswith('ela') else 'other']
-                ax.errorbar(line[column], line['mean'], line['std'] if line.n > 1 else None, fmt=marker, capsize=4,
-                            color=color, label=f'{TITLES[arm]} (n = {int(line.n)})' if column == 'params' else None)
-        ax.set(xlabel=label)
-        ax.margins(0.1)
+    lines = compare(table)
+    arms = [arm for arm in reversed(ARMS) if lines.n[arm]]
+    top1 = table.pivot(index='seed', columns='arm', values='top1').reindex(columns=list(ARMS))
+    figure = Figure(figsize=(11, 1.2 + 0.28 * len(arms)), layout='constrained')
+    paired, params, speed = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
+    paired.axvline(0, color=COLORS['plain'])
+    for y, arm in enumerate(arms):
+        line, color = lines.loc[arm], COLORS['plain' if arm == 'plain' else 'ela' if arm.startswith('ela') else 'other']
+        params.plot(line.params / 1e6, y, 'o', color=color)
+        speed.plot(line.train_images_per_second, y, 'o', color=color)
+        if arm != 'plain':
+            paired.plot(top1[arm] - top1['plain'], [y] * len(top1), 'o', color=color, alpha=0.4, markersize=4)
+        if pd.notna(line.get('difference')):
+            paired.hlines(y, line.low, line.high, color=color)
+            paired.plot(line.difference, y, 'D', color=color)
+    paired.set_yticks(range(len(arms)), [TITLES[arm] for arm in arms])
+    paired.set_title('dots: seeds; diamond: mean, with its 95 % interval', fontsize=9)
+    titles = {paired: "top-1 less the plain model's (points)", params: 'parameters (millions)',
+              speed: 'training images per second'}
+    for ax, title in titles.items():
+        ax.set_xlabel(title)
         ax.grid(alpha=0.3)
-    figure.supylabel('top-1 of the final epoch (%)')
-    figure.legend(loc='outside right center')
     figure.savefig(path, dpi=120)
 
 
@@ -184,5 +192,5 @@ def write_report(table: pd.DataFrame, path: Path) -> None:
     table = table.sort_values(['seed', 'arm'], key=lambda s: s.map(ARMS.index) if s.name == 'arm' else s)
     table.to_csv(path, index=False, lineterminator='\n')
     table = pd.read_csv(path)
-    draw(compare(table), path.with_suffix('.png'))
+    draw(table, path.with_suffix('.png'))
     path.with_suffix('.md').write_text(page(table, path.stem), encoding='utf-8')
