@@ -152,11 +152,11 @@ def test_the_distribution_counts_every_gate_and_marks_a_quarter(image):
 
 
 @pytest.mark.parametrize(('bias', 'said'), [
-    (0, 'Gates within 0.001 of an untrained graft (0.25): they have hardly moved.'),
-    (0.01, 'Gates within 0.003 of an untrained graft (0.25): they have hardly moved.'),
-    (1, 'The gates moved from 0.25 (untrained graft) by up to 0.28: channel 0 of stage 1.'),  # sigmoid(1)^2 = 0.534
+    (0, 'Gates within 0.001 of an untrained graft (0.25).'),
+    (0.01, 'Gates within 0.003 of an untrained graft (0.25).'),
+    (1, 'The gates differ from 0.25 (untrained graft) by up to 0.28: channel 0 of stage 1.'),  # sigmoid(1)^2 = 0.534
 ])
-def test_the_title_says_in_words_how_far_the_gates_have_moved(image, bias, said):
+def test_the_title_says_in_words_how_far_the_gates_are_from_a_grafts(image, bias, said):
     model = make_model(zero_gates=True)
     for m in model.modules():
         if isinstance(m, torch.nn.GroupNorm):
@@ -181,6 +181,11 @@ def test_models_stand_below_each_other_in_columns_and_those_without_ela_have_two
     one, two = plot_attention(image, models[0]), plot_attention(image, models[:2])
     assert one.get_figwidth() == two.get_figwidth() < figure.get_figwidth() == 9
     assert one.get_figheight() < two.get_figheight() < figure.get_figheight()
+
+
+def test_there_is_a_title_for_each_model(image):
+    with pytest.raises(ValueError, match='There are 1 models, but 2 titles'):
+        plot_attention(image, make_model('resnet18'), titles=['a', 'b'])
 
 
 def test_a_class_that_nothing_speaks_for_is_said_so(image):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # every gate of a graft: a plain model's weights with untrained attention, see models/graft.py
 _GRAFT = 0.25
-# gates that have moved less are said to have hardly moved
+# closer gates count as those of an untrained graft
 _MOVED = 0.01
 # the lightness of these colour maps rises evenly, so they work in grey and for the colour-blind
 _GATES, _CAM = 'viridis', 'inferno'
@@ -48,6 +48,7 @@ _Panel = Callable[['Figure', _Box], None]
 
 
 def figure_class() -> type['Figure']:
+    """Returns matplotlib's Figure. If matplotlib is not installed, the ModuleNotFoundError says how to install it."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -63,14 +64,14 @@ def _cut(name: str) -> str:
 
 
 def in_words(gates: Sequence[Gate]) -> str:
-    """Says how far the gates have moved."""
+    """Says how far the gates are from those of an untrained graft."""
     if not gates:
         return 'The model has no ELA, so no gates are drawn.'
     stage, moved = max(((gate.stage, abs(gate.all - _GRAFT).max((1, 2))) for gate in gates), key=lambda m: m[1].max())
     if moved.max() < _MOVED:
-        return f'Gates within {max(moved.max(), 0.0005):.3f} of an untrained graft ({_GRAFT}): they have hardly moved.'
+        return f'Gates within {max(moved.max(), 0.0005):.3f} of an untrained graft ({_GRAFT}).'
     where = f'channel {moved.argmax()} of stage {stage}'
-    return f'The gates moved from {_GRAFT} (untrained graft) by up to {moved.max():.2f}: {where}.'
+    return f'The gates differ from {_GRAFT} (untrained graft) by up to {moved.max():.2f}: {where}.'
 
 
 def _draw_picture(seen: Observation, figure: 'Figure', box: _Box) -> None:
@@ -111,7 +112,7 @@ def _draw_gate(gate: Gate, limit: float, figure: 'Figure', box: _Box) -> None:
     ax = box.axes(figure, f'stage {gate.stage}: {gate.of}\n{values}', frame=False)
     ax.imshow(gate.map, cmap=_GATES, vmin=0, vmax=limit, aspect='auto', extent=(0, width, height, 0))
 
-    # both strips share a scale, in tenths or hundredths, and are filled from 0.5, where an untrained graft's gates are
+    # both strips share a scale, in tenths or hundredths, filled from 0.5, the a_h and a_w of a fresh graft
     strips = np.array([0.5, *gate.a_h, *gate.a_w])
     parts = 10 if np.ptp(strips) > 0.02 else 100
     low, high = np.floor(parts * strips.min()) / parts, np.ceil(parts * strips.max()) / parts

@@ -21,12 +21,15 @@ _MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
 
 class Gate(NamedTuple):
-    """The gate of a stage: of one channel or the mean of all, and the values of all.
+    """The products a_h * a_w of a stage's last ELA: of one channel or the mean of all, and of every channel.
 
     Attributes:
+        stage: Index of the stage, from 0.
         of: What is shown: 'channel 3 of 64', or 'mean of 64 channels'.
         varies_most: Whether the channel was chosen because its gate varies most over the picture.
         map: a_h * a_w.
+        a_h, a_w: Gates of the rows and of the columns.
+        all: Products of all channels.
     """
 
     stage: int

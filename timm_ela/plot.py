@@ -56,10 +56,12 @@ def plot_attention(
         ModuleNotFoundError: If matplotlib is not installed.
         ValueError: If the image cannot be read, or not be converted to the model's channels; if the model has neither
             classes nor ELA, neither ELA nor a feature map that Grad-CAM can read, or lacks the stage, channel or class;
-            or if class_names has the wrong length.
+            or if class_names or titles have the wrong length.
     """
     figure_class()
     models = [model] if isinstance(model, nn.Module) else model
+    if titles and len(titles) != len(models):
+        raise ValueError(f'There are {len(models)} models, but {len(titles)} titles.')
     seen = [observe(image, one, stages, topk, class_names, channel, mean, class_index) for one in models]
     return draw(seen, titles or [one.model for one in seen])
 
