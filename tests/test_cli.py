@@ -219,7 +219,7 @@ def test_options_of_an_export_are_refused_for_a_folder_that_is_exported(fails, t
     for name in push.FILES:
         (tmp_path / name).touch()
     line = fails('push', tmp_path, 'me/x', '--tag', 'mine', '--no-ema')
-    assert 'is not a train.py run' in line and 'tag, ema' in line
+    assert 'is not a train.py run' in line and '--tag, --no-ema' in line
 
 
 @pytest.mark.parametrize('words, told', [

@@ -97,7 +97,7 @@ def _push(args: argparse.Namespace) -> None:
         return
     defaults = _export_options(_parser().parse_args(['push', args.folder, args.repo_id]))
     if given := [name for name, value in options.items() if value != defaults[name]]:
-        names = ', '.join(given)
+        names = ', '.join('--no-ema' if name == 'ema' else f'--{name.replace("_", "-")}' for name in given)
         raise ValueError(f'{args.folder} is not a train.py run, so {names} cannot be set: use them with export.')
     print(push_folder(args.folder, args.repo_id, private=args.private))
 
@@ -204,7 +204,10 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command; an error is one line on stderr and exit code 2."""
+    """Runs one command. An error is one line on stderr and exit code 2.
+
+    `--debug`, and a script under `run`, keep the traceback.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command is None:

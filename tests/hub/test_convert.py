@@ -50,6 +50,12 @@ def test_a_converted_run_is_tested_at_the_size_of_the_run_and_another_checkpoint
     assert size == {'run': (3, 224, 224), 'weights': (3, 288, 288)}
 
 
+def test_a_model_is_found_by_its_other_name(new_model, tmp_path):
+    torch.save(new_model('mobilenetv2_100').state_dict(), tmp_path / 'plain.pth')
+    model = load(convert_checkpoint(tmp_path / 'plain.pth', 'mobilenetv2_100_ela_t', tmp_path / 'out'))
+    assert model.pretrained_cfg['architecture'] == 'mobilenetv2_ela_t'
+
+
 @pytest.mark.parametrize('kwargs', [
     {}, {'in_chans': 1}, {'global_pool': 'max'}, {'act_layer': 'silu', 'bn_eps': 0.1}, {'num_classes': 0}], ids=str)
 def test_the_command_in_the_card_builds_the_model_that_was_written(new_model, tmp_path, kwargs, caplog):

@@ -175,13 +175,14 @@ def test_the_card_shows_eight_values_of_the_recipe_and_links_the_rest(exported, 
     assert '\ntrain.py --config args.yaml --data-dir DATA\n' in rest
 
 
-def test_a_second_stage_keeps_the_licence_of_the_folder_that_it_began_with(new_model, write_run, tmp_path):
+def test_a_card_of_a_second_stage_has_the_licence_and_the_name_of_the_first(new_model, write_run, tmp_path):
     first = export_run(write_run(new_model()), tmp_path / 'first', license='mit')
     (tmp_path / 'run').rename(tmp_path / 'earlier')
     for start, license in (({}, 'mit'), ({'initial_checkpoint': '/my/other.pth'}, None)):
         run = write_run(new_model(), model=f'local-dir:{first}', pretrained=True, **start)
         second = export_run(run, tmp_path / f'second{license}')
         assert (card(second).data.license, card(second).data.base_model) == (license, None)
+        assert 'train.py --config args.yaml --data-dir DATA --model local-dir:first' in card(second).text
         run.rename(tmp_path / f'run{license}')
 
 

@@ -208,7 +208,7 @@ def test_a_push_broken_off_leaves_all_as_it_was_and_can_be_repeated(hub, client,
     for fault in faults:
         hub.fail(*fault)
     line = client.refused(folder)
-    assert 'owner/model' in line and reason in line and 'as it was before, or complete' in line
+    assert 'owner/model' in line and reason in line and 'unchanged, unless the upload was already complete' in line
     assert {name: hub.files(name) for name in hub.repos} == before
     assert files is None or not [request for request in hub.requests if request.startswith('DELETE')]
     hub.faults.clear()
@@ -220,7 +220,7 @@ def test_a_repository_that_cannot_be_deleted_again_is_named(hub, client, folder)
     hub.fail('POST .*/commit/', 403)
     hub.fail('DELETE', 403)
     line = client.refused(folder)
-    assert 'was created and may be empty' in line and 'as it was before' not in line
+    assert 'was created and may be empty' in line and 'unchanged' not in line
     assert hub.repos['owner/model'].pushes == []
 
 
@@ -234,13 +234,14 @@ upload, HfApi.upload_folder = HfApi.upload_folder, lambda *_, **__: os.kill(os.g
 signal.signal(signal.SIGINT, signal.default_int_handler)
 result = push('{folder}', 'owner/model')
 HfApi.upload_folder = upload""", folder, OWNER)
-    assert code == 2 and err.endswith('error: interrupted; the repository is as it was before, or complete\n')
+    told = 'error: interrupted; the repository is unchanged, unless the upload was already complete\n'
+    assert code == 2 and err.endswith(told)
     assert hub.repos == {} if created else hub.files('owner/model')['README.md'] == b'mine'
 
 
 def test_a_push_whose_answer_is_lost_is_kept_and_not_pushed_twice(hub, client, folder):
     hub.fail('POST .*/commit/', 'lost', times=1)
-    assert 'or complete' in client.refused(folder)
+    assert 'unless the upload was already complete' in client.refused(folder)
     assert len(hub.repos['owner/model'].pushes) == 1
     client.push(folder)
     assert len(hub.repos['owner/model'].pushes) == 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 from timm.data.model_config import resolve_input_data_config
-from timm.models import get_arch_name, get_pretrained_cfg, save_for_hf
+from timm.models import get_arch_name, get_deprecated_models, get_pretrained_cfg, save_for_hf
 from torch import Tensor, nn
 
 from ..models.registry import GRAFT, MODELS, WEIGHTS_INFO
@@ -150,8 +150,8 @@ def export_run(
         license: str | None = None, force: bool = False) -> Path:
     """Writes a run of timm's train.py as a folder of model.safetensors, config.json, README.md and args.yaml.
 
-    The weights are those that the metrics in summary.csv were measured on. args.yaml holds the run's arguments without
-    local paths: `train.py --config args.yaml --data-dir DATA` repeats the run.
+    By default the weights are those that the metrics in summary.csv were measured on. args.yaml holds the run's
+    arguments without local paths: `train.py --config args.yaml --data-dir DATA` repeats the run.
 
     Args:
         run_dir: Folder with args.yaml, summary.csv and the checkpoint.
@@ -163,6 +163,9 @@ def export_run(
         checkpoint: Name of the checkpoint in run_dir.
         license: Licence of the weights, such as 'apache-2.0'; by default that of the weights that the run began with.
         force: Whether to replace the export that out_dir holds.
+
+    Returns:
+        out_dir.
 
     Raises:
         FileNotFoundError: If run_dir, its args.yaml or the checkpoint does not exist.
@@ -209,11 +212,14 @@ def convert_checkpoint(
         model_name: The model of ours that will hold the weights, such as 'resnet50_ela_b'.
         ema: Whether to take the averaged weights where the checkpoint has them.
 
-    The other arguments and the errors are those of `export_run`. A RuntimeError also refuses a checkpoint that is
-    already one of the model.
+    The other arguments, the result and the errors are those of `export_run`. By default, the tag is 'graft_custom' or
+    'custom'. It also raises ValueError if model_name is no model of timm_ela, and RuntimeError if the checkpoint is one
+    of the model already.
     """
     checkpoint, out_dir = Path(checkpoint), Path(out_dir)
     arch = get_arch_name(model_name)
+    # another name of the model, such as mobilenetv2_100_ela_b
+    arch = get_deprecated_models().get(arch, arch)
     if arch not in MODELS:
         raise ValueError(f'{model_name!r} is not a model of timm_ela: `timm-ela list` shows them.')
     with _new_folder(out_dir, [checkpoint, class_names], force) as folder:

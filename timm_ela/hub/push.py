@@ -13,7 +13,7 @@ from .cards import PLACEHOLDER
 from .publish import FILES, check_finite, export_run
 from .train_run import errors_name, read_args, read_checkpoint, write_args
 
-_AS_BEFORE = 'the repository is as it was before, or complete'
+_AS_BEFORE = 'the repository is unchanged, unless the upload was already complete'
 
 
 def is_run(folder: str | Path) -> bool:
@@ -69,7 +69,19 @@ def _delete_if_empty(api: HfApi, repo_id: str) -> str:
 
 
 def push_run(run_dir: str | Path, repo_id: str, *, private: bool = False, **options: Any) -> str:
-    """Exports a run of train.py into a temporary folder, with the options of `export_run`, and pushes that folder."""
+    """Exports a run of train.py into a temporary folder, and pushes that folder.
+
+    Args:
+        run_dir: Output folder of train.py.
+        repo_id, private: As in `push_folder`.
+        **options: Options of `export_run`.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        Exception: As in `export_run` and `push_folder`.
+    """
     # before the export, which takes longer
     _check_access(repo_id)
     with TemporaryDirectory() as temporary:
@@ -77,11 +89,15 @@ def push_run(run_dir: str | Path, repo_id: str, *, private: bool = False, **opti
 
 
 def push_folder(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
-    """Uploads a folder that `export_run` or `convert_checkpoint` wrote, in one commit, and returns its address.
+    """Uploads a folder in one commit.
 
     Args:
+        folder: What `export_run` or `convert_checkpoint` wrote.
         repo_id: 'OWNER/NAME' on the Hub; created if it does not exist.
         private: Whether the repository must be private. If not, the owner's settings decide for a new one.
+
+    Returns:
+        Address of the commit.
 
     Raises:
         FileNotFoundError: If the folder does not exist or lacks a file.
