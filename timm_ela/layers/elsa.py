@@ -36,7 +36,7 @@ def _tap(padded: Tensor, attn: Tensor, mul: Tensor | None, k: int, kernel_size: 
 
 
 def local_attention(v: Tensor, attn: Tensor, mul: Tensor | None, kernel_size: int, dilation: int = 1) -> Tensor:
-    """Computes local attention by its formula: to document and test `banded_attention`, and for a ghost head's `mul`.
+    """Computes local attention by its formula: for a ghost head's `mul`, and as the test of `banded_attention`.
 
     With `mul`, `banded_attention` would need a matrix for each channel, not for each head, and use it for one vector.
 
@@ -89,6 +89,13 @@ def banded_attention(v: Tensor, attn: Tensor, kernel_size: int, dilation: int = 
     The queries of a square tile share their keys: the tile and a margin around it. Each row of a matrix (queries, keys)
     holds a query's weights, and zeros for the keys out of its reach. Tiles of 7 x 7 fill the maps of Swin at 224
     pixels; other maps are padded.
+
+    Args:
+        v, attn, kernel_size, dilation: As in `local_attention`.
+        tile: Height and width of a tile.
+
+    Returns:
+        As `local_attention`, (N, H, W, C).
     """
     batch, height, width, channels = v.shape
     heads, reach = attn.shape[3], kernel_size // 2
@@ -224,7 +231,7 @@ class EnhancedLocalSelfAttention(nn.Module):
             dtype: Dtype of the parameters.
 
         Raises:
-            ValueError: If kernel_size is even or dim is no multiple of num_heads.
+            ValueError: If kernel_size is even or not positive, lam is no integer, or dim is no multiple of num_heads.
         """
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:

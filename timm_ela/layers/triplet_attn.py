@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class AttentionGate(nn.Module):
-    """Gate of a map whose values are vectors: 7 x 7 convolution of their maximum and mean, batch norm, sigmoid."""
+    """Gate of Triplet Attention: maximum and mean over the channels, convolution, batch norm, sigmoid."""
 
     def __init__(self, kernel_size: int = 7, device=None, dtype=None) -> None:
         super().__init__()

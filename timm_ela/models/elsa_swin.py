@@ -16,7 +16,7 @@ from timm.models import SwinTransformer, build_model_with_cfg, model_entrypoint
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from ..layers.attn_layers import ELSA, AttnLayer
+from ..layers.attn_layers import ELSA
 from ..layers.elsa import EnhancedLocalSelfAttention
 from .elsa_parts import check_weights, elsa_in_place_of
 from .registry import Family, Model, make_default_cfgs, register_models
@@ -129,7 +129,7 @@ def rename_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
     return renamed
 
 
-def _check(state_dict: dict[str, Tensor], model: nn.Module, layer: AttnLayer = ELSA) -> dict[str, Tensor]:
+def _check(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     of_size = '; make the model for the weights\' size, and call set_input_size after they are loaded'
     return check_weights(state_dict, model, of_size)
 
@@ -158,7 +158,7 @@ def _create_elsa_swin(model: Model, pretrained: bool = False, **kwargs) -> SwinT
     )
 
 
-_FAMILY = Family(_create_elsa_swin, _check, rename_state_dict)
+_FAMILY = Family(_create_elsa_swin, lambda weights, model, layer: _check(weights, model), rename_state_dict)
 _MODELS = [Model(name, base, ELSA, _FAMILY) for name, (base, _) in _ELSA_SWINS.items()]
 default_cfgs = make_default_cfgs(_MODELS)
 globals().update(register_models(_MODELS))

@@ -146,7 +146,7 @@ def read_counts() -> dict[str, Counts]:
         return {row['name']: Counts(int(row['params']), int(row['macs'])) for row in csv.DictReader(file)}
 
 
-def graft_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Any]:
+def graft_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Grafts as `pretrained=True` does: completes a plain model's state dict with attention that changes nothing.
 
     Args:
@@ -157,6 +157,8 @@ def graft_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
         State dict of the model.
 
     Raises:
-        RuntimeError: If the weights are those of another architecture, or only some attention weights are there.
+        KeyError: If the model is not one of timm_ela.
+        RuntimeError: If the weights are those of another architecture or cannot be grafted, or if only some attention
+            weights are there.
     """
     return MODELS[model.pretrained_cfg['architecture']].checkpoint_filter_fn(state_dict, model)

@@ -45,7 +45,8 @@ RECIPE = {
 }
 FLAGS = ('--sched-on-updates', '--channels-last')
 SAME = (
-    'img_size', 'epochs', 'train_images', 'test_images', 'recipe', 'device', 'hardware', 'torch', 'timm', 'train_py')
+    'img_size', 'epochs', 'train_images', 'test_images', 'recipe', 'device', 'hardware', 'torch', 'timm', 'timm_ela',
+    'train_py')
 
 
 class Run(NamedTuple):
@@ -80,7 +81,8 @@ def hardware(device: str) -> str:
     """Name of the GPU, or of the CPU."""
     if device == 'cuda':
         return torch.cuda.get_device_name()
-    info = Path('/proc/cpuinfo')  # `platform` knows no name there
+    # on Linux, platform.processor() is often empty
+    info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     return names[0] if names else platform.processor() or platform.machine()
@@ -123,7 +125,7 @@ def write_plain(args: argparse.Namespace, seed: int) -> Path:
 
 
 def write_start(args: argparse.Namespace, run: Run, folder: Path) -> Path:
-    """Grafts a seed's plain model for an arm. The layer's free weights are drawn from the seed, too."""
+    """Grafts a seed's plain model for an arm. The layer's random weights are drawn from the seed, too."""
     plain = args.output / f'plain.seed{run.seed}.pth'
     if run.arm == 'plain':
         return plain
@@ -241,13 +243,13 @@ def main() -> None:
     parser.add_argument('data', type=Path, help='image folder with train/ and test/')
     parser.add_argument('--scripts', type=Path, required=True, help='folder of timm\'s train.py and validate.py alone')
     parser.add_argument('--output', type=Path, default=Path('output/study'), help='where runs, table and page are kept')
-    parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
+    parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='where to train')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time')
     parser.add_argument('--workers', type=int, default=1, help='loader processes of a run')
-    parser.add_argument('--arms', nargs='+', default=list(ARMS), choices=ARMS)
-    parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--epochs', type=int, default=1)
-    parser.add_argument('--img-size', type=int, default=96)
+    parser.add_argument('--arms', nargs='+', default=list(ARMS), choices=ARMS, help='layers to train with')
+    parser.add_argument('--seeds', type=int, default=3, help='seeds of each arm')
+    parser.add_argument('--epochs', type=int, default=1, help='epochs of a run')
+    parser.add_argument('--img-size', type=int, default=96, help='height and width of the images')
     parser.add_argument('--done', type=Path, help='table of a part that was done elsewhere, and is not done again')
     parser.add_argument('--images', type=int, default=1500, help='training images of each class')
     args = parser.parse_args()
