@@ -22,7 +22,8 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# The snippets of tests/ecosystem/README.md, with the real libraries. Those for phones pin versions of others'.
+# The snippets of tests/ecosystem/README.md, with the real libraries. The libraries for phones need an
+# environment of their own: they need other versions of what both depend on.
 ecosystem: $(ECOSYSTEM)/.installed $(EDGE)/.installed
 	$(ECOSYSTEM)/bin/python -m pytest -n 2 tests/ecosystem --ignore tests/ecosystem/test_deployment.py
 	$(EDGE)/bin/python -m pytest -n 2 tests/ecosystem/test_deployment.py

