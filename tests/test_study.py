@@ -46,9 +46,9 @@ def cells(page: str, first: str) -> list[str]:
 
 @pytest.fixture
 def page(tmp_path):
-    def page(rows):
-        report.write_report(rows, tmp_path / 'data.csv')
-        return (tmp_path / 'data.md').read_text()
+    def page(rows, name='data'):
+        report.write_report(rows, tmp_path / f'{name}.csv')
+        return (tmp_path / f'{name}.md').read_text()
 
     return page
 
@@ -107,8 +107,9 @@ def test_a_sentence_claims_no_more_than_the_corrected_test(page):
     assert 'the level 0.05' not in page(table({'plain': (50,), 'se': (52,)}))
 
 
-def test_the_page_marks_the_earlier_study_as_one_of_a_short_schedule(page):
-    earlier = page(table(TOP1)).split('## An earlier study, from scratch')[1]
+def test_the_page_of_cifar10_marks_the_earlier_study_as_one_of_a_short_schedule(page):
+    assert 'earlier study' not in page(table(TOP1))
+    earlier = page(table(TOP1), 'cifar10').split('## An earlier study, from scratch')[1]
     rows = pd.read_csv(STUDIES / 'short-schedule' / 'cifar10.csv').query('start == "scratch" and attention == "ela_b"')
     assert f'ELA-B {rows.top1.mean():.1f} %' in earlier and 'numbers of a short schedule' in earlier
 

@@ -18,7 +18,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from report import OLD_GRAFT, TITLES
+from report import OLD_GRAFT, TITLES, markdown
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -143,8 +143,7 @@ def page(table: pd.DataFrame, name: str) -> str:
             f'{(runs.top1_frozen - runs.top1).mean():+.2f}',
             *(f'{moved[s]:+.3f}, {by_stage.spread[s]:.3f}, {by_stage.within[s]:.3f}' for s in stages)])
     intro = INTRO.format(name=name, images=table.images.max(), test_images=table.test_images.max())
-    lines = '\n'.join(f'| {" | ".join(row)} |' for row in rows)
-    return f'{intro}\n{lines}\n\n![Gates on three photographs]({name}.gates.webp)\n'
+    return f'{intro}\n{markdown(rows)}\n\n![Gates on three photographs]({name}.gates.webp)\n'
 
 
 def draw(model: nn.Module, path: Path) -> None:

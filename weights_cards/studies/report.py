@@ -11,7 +11,8 @@ OLD_GRAFT = '_old'
 ARMS = ('plain', 'se', 'cbam', 'eca', 'ca', 'gc', 'ela_t', 'ela_b', f'ela_b{OLD_GRAFT}', 'ela_s', 'ela_l')
 TITLES = {'plain': 'none', **{name: layer.title for name, layer in ATTN_LAYERS.items()},
           f'ela_b{OLD_GRAFT}': 'ELA-B, graft of 0.2'}
-COLORS = {'plain': '#555555', 'ela': '#0072b2', 'other': '#e69f00'}  # Okabe and Ito
+# of Okabe and Ito, told apart by the colour-blind
+COLORS = {'plain': '#555555', 'ela': '#0072b2', 'other': '#e69f00'}
 LEVEL = 0.05
 INTRO = """\
 # Attention layers fine-tuned on {name}
@@ -19,7 +20,7 @@ INTRO = """\
 Every row of [{name}.csv]({name}.csv) is one run of timm's `train.py` and `validate.py`, by `make study`. All arms of a
 seed start from the same function, up to rounding: ImageNet weights of EfficientNet-Lite0, grafted by `timm-ela
 convert`, and one head. They see the same images in the same order: [paired_train.py](paired_train.py) starts `train.py`
-and seeds its loader anew at each epoch. Seeds differ in the head, the layers' free weights, the order and the
+and seeds its loader anew at each epoch. Seeds differ in the head, the layers' random weights, the order and the
 augmentation, not in the images. The number is the top-1 accuracy of the final epoch on the test split, in percent.
 Empty cells were not run.
 
@@ -29,7 +30,7 @@ Empty cells were not run.
   {train_py}.
 - Difference: paired by seed, with its uncorrected 95 % interval (Student's t). p: paired t-test, corrected by Holm for
   the number of arms. {power}
-{graft}
+{graft}\
 - Training images/s: forward and backward of one batch on all cores, all arms in turn in one process, medians. A few
   images/s more or less are noise; [speed.md](speed.md) has ratios with quartiles, at 224 px.
 """
@@ -38,17 +39,10 @@ With {n} seeds and {arms} arms, the mean difference must exceed {ratio:.1f} stan
   differences for the smallest corrected p to be below {level}. A difference that is not significant is no evidence that
   there is none.
 """
-# of a table with the graft of 0.2 alone
-BEFORE_MEND = """\
-- The graft of timm_ela 0.2 multiplied the projection weights after a gate by the inverse of the gate's neutral value: 4
-  for ELA, CA and CBAM, 2 for SE and ECA, 1 for GC. AdamW's steps do not grow with them, so these weights started with a
-  smaller relative learning rate than the plain model's. The arms differ in this, too. From 0.3 on, no projection is
-  scaled: rows of other versions do not belong in one table with these.
-"""
 MENDED = """\
 - The study was run again when timm_ela 0.3 mended the graft. The graft of 0.2 multiplied the projection after a gate:
   by 4 for ELA, CA and CBAM, by 2 for SE and ECA. Under AdamW such weights learn 4 or 2 times more slowly, relative to
-  their size, than the plain model's. The arm "{old}" starts in that way. ELA-B by the mended graft, less
+  their size, than the plain model's. The arm "{old}" starts in that way. ELA-B by the mended graft minus
   that arm, paired by seed: {gain:+.2f} points, with an uncorrected 95 % interval of [{low:+.2f}, {high:+.2f}].
 """
 SHORT = """\
@@ -57,8 +51,8 @@ SHORT = """\
 Top-1 of {backbone}, trained from scratch for {epochs} epochs on {train_images} images at {img_size} px, means over the
 seeds: {means}.
 
-These are numbers of a short schedule, and its seeds are not pairs. So far from convergence, they tell how fast a layer
-learns, not how good it is. [Its page](short-schedule/cifar10.md) has the rest.
+These are numbers of a short schedule, and its arms are not paired by seed. So far from convergence, they tell how fast
+a layer learns, not how good it is. [Its page](short-schedule/cifar10.md) has the rest.
 """
 
 
@@ -112,13 +106,13 @@ def verdict(lines: pd.DataFrame) -> str:
 
 
 def graft(table: pd.DataFrame) -> str:
-    """What grafts the arms start from, and the difference that the mended one makes to ELA-B."""
+    """What the mended graft adds to ELA-B. Empty if the old one was not run."""
     by_seed = table.pivot(index='seed', columns='arm', values='top1').reindex(columns=['ela_b', f'ela_b{OLD_GRAFT}'])
     gain = (by_seed['ela_b'] - by_seed[f'ela_b{OLD_GRAFT}']).dropna()
     if len(gain) < 2:
-        return BEFORE_MEND.strip()
+        return ''
     low, high = stats.ttest_1samp(gain, 0).confidence_interval(1 - LEVEL)
-    return MENDED.format(old=TITLES[f'ela_b{OLD_GRAFT}'], gain=gain.mean(), low=low, high=high).strip()
+    return MENDED.format(old=TITLES[f'ela_b{OLD_GRAFT}'], gain=gain.mean(), low=low, high=high)
 
 
 def cells(arm: str, line: pd.Series) -> list[str]:
@@ -134,6 +128,11 @@ def cells(arm: str, line: pd.Series) -> list[str]:
             f'{line.train_images_per_second:.0f}' if pd.notna(line.train_images_per_second) else '']
 
 
+def markdown(rows: list[list[str]]) -> str:
+    """A table, whose second row says how the columns are aligned."""
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
 def short_schedule() -> str:
     """A paragraph on the earlier study, read from its table."""
     table = pd.read_csv(Path(__file__).with_name('short-schedule') / 'cifar10.csv').query('start == "scratch"')
@@ -143,7 +142,7 @@ def short_schedule() -> str:
 
 
 def page(table: pd.DataFrame, name: str) -> str:
-    """The page of a study, all of it read from the table."""
+    """The page of a study, from its table; that of CIFAR-10 also quotes the earlier study."""
     lines = compare(table)
     header = ['attention', 'n', 'top-1 (%)', 'against plain [95 %]', 'p', 'parameters', 'training images/s']
     rows = [header, ['---', *['---:'] * 6], *(
@@ -151,10 +150,10 @@ def page(table: pd.DataFrame, name: str) -> str:
     values = {column: ', '.join(map(str, table[column].unique())) for column in table}
     parts = [
         INTRO.format(name=name, power=power(lines), graft=graft(table), **values),
-        '\n'.join(f'| {" | ".join(row)} |' for row in rows),
+        markdown(rows),
         verdict(lines),
         f'![Top-1 beside the plain model\'s, parameters and training speed]({name}.png)',
-        short_schedule()]
+        short_schedule() if name == 'cifar10' else '']
     return '\n\n'.join(part.strip() for part in parts if part) + '\n'
 
 
