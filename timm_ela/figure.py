@@ -198,8 +198,8 @@ def draw(seen: Sequence[Observation], titles: Sequence[str], columns: int = 4) -
                 top, below = top + height + below + _TITLE, _BELOW
             left = i % columns * _CELL + _LEFT
             wide = i == len(panels) - 1 and columns > 2
-            # the labels of its stages are wider than a strip
-            left += 0.1 * wide
+            # at the figure's edge, the labels of its stages need more space than a strip
+            left += 0.1 * (wide and i % columns == 0)
             placed.append((panel, _Box(left, top, columns * _CELL - left - 0.08 if wide else _MAP, height)))
         top += height + below + _END
 
