@@ -114,9 +114,10 @@ def measure_run(folder: Path, data: Path, images: int) -> tuple[nn.Module, list[
         checkpoint_path=str(folder / f'checkpoint-{used["epochs"] - 1}.pth.tar'))
     model = model.eval().to(memory_format=torch.channels_last)
     config = resolve_data_config({'img_size': used['img_size'], 'crop_pct': used['crop_pct']}, model=model)
-    # plot_attention reads these
-    model.pretrained_cfg.update({k: config[k] for k in ('input_size', 'crop_pct')})
     test = create_dataset('', data, split='test', transform=create_transform(**config))
+    # plot_attention reads these
+    model.pretrained_cfg.update(
+        {k: config[k] for k in ('input_size', 'crop_pct')}, label_names=[*test.reader.class_to_idx])
 
     gates = measure_gates(model, DataLoader(spaced(test, images), 64))
     top1 = json.loads((folder / 'validate.json').read_text())['top1']
