@@ -13,8 +13,9 @@ EDGE := .venv-edge
 demo: $(DEMO)
 	$(BIN)/python tests/demo.py
 
+# The files run in the order of collection: xdist would start those with the fewest tests last, and some take minutes.
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
