@@ -94,7 +94,7 @@ def test_an_export_tells_no_path_and_no_user_of_the_machine(write_run, tmp_path)
         text = (folder / name).read_text(encoding='utf-8')
         assert 'ada' not in re.findall(r'[a-z]+', text) and str(tmp_path) not in text
         assert re.findall(r"""(?:^|[\s'"`])(?:~|[/\\]|[A-Z]:)[\w/\\]+""", text) == []
-        told = '--data-dir DATA --class-map names.txt --initial-checkpoint first.pth.tar\n'
+        told = '--class-map names.txt --initial-checkpoint first.pth.tar --kd-model-name local-dir:teacher\n'
         assert (told in text) == (name == 'README.md')
 
 

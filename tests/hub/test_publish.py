@@ -182,7 +182,9 @@ def test_a_card_of_a_second_stage_has_the_licence_and_the_name_of_the_first(new_
         run = write_run(new_model(), model=f'local-dir:{first}', pretrained=True, **start)
         second = export_run(run, tmp_path / f'second{license}')
         assert (card(second).data.license, card(second).data.base_model) == (license, None)
-        assert 'train.py --config args.yaml --data-dir DATA --model local-dir:first' in card(second).text
+        words = '--initial-checkpoint other.pth ' if start else ''
+        command = f'train.py --config args.yaml --data-dir DATA {words}--model local-dir:first'
+        assert f'\n{command}\n' in card(second).text
         run.rename(tmp_path / f'run{license}')
 
 

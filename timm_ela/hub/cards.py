@@ -143,7 +143,6 @@ def run_card(
     validate = {key: args.get(key) for key in same} | dict(
         amp_dtype=args.get('amp') and args.get('amp_dtype'), num_samples=args.get('val_num_samples'),
         in_chans=input_size[0], split=run.val_split, model=PLACEHOLDER, pretrained=True)
-    start = {'model': args['model']} if args['model'].startswith('local-dir:') else {}
     # --no-aug switches off the transforms, but not mixup and cutmix
     transforms = () if args.get('no_aug') else ('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'aa', 'reprob')
     return _fill(
@@ -152,7 +151,7 @@ def run_card(
         origin='trained with timm\'s `train.py`' + (f' from `{base_model}`' if base_model else ''),
         validate_options=_options(validate),
         augmentation=[f'{k} {args[k]}' for k in (*transforms, 'mixup', 'cutmix', 'cutmix_minmax') if args.get(k)],
-        files=_options(start | {key: args.get(key) for key in FILE_ARGS}))
+        files=_options({k: v for k, v in args.items() if k in FILE_ARGS or str(v).startswith('local-dir:')}))
 
 
 def converted_card(model: nn.Module, source: str, grafted: bool) -> str:
