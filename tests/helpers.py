@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[1]
 DEVICE = os.environ.get('TIMM_ELA_DEVICE', 'cpu')  # of the tests in layers/ and models/
-on_cpu = pytest.mark.skipif(DEVICE != 'cpu', reason=f'TIMM_ELA_DEVICE is {DEVICE}: onnxruntime runs on the CPU')
+on_cpu = pytest.mark.skipif(DEVICE != 'cpu', reason=f'TIMM_ELA_DEVICE is {DEVICE}: the test is for the CPU')
 AUTOLOAD_OFF = {'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'}  # PyTorch's own switch
 
 
@@ -188,18 +188,18 @@ def assert_every_gradient(model: nn.Module, x: Tensor) -> None:
 
 
 class FullSize(TorchDispatchMode):
-    """Counts the allocations of at least this many elements."""
+    """Counts the allocations of at least this many elements. It keeps none: PyTorch would not add to it in place."""
 
     def __init__(self, numel):
         super().__init__()
-        self.numel, self.storages = numel, []
+        self.numel, self.count = numel, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage().data_ptr() for t in [*args, *self.storages] if isinstance(t, Tensor)}
+        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
         for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, Tensor) and t.numel() >= self.numel and t.untyped_storage().data_ptr() not in known:
-                self.storages.append(t)  # kept, so that no later one can lie at its address
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known:
+                self.count += t.untyped_storage().nbytes() >= self.numel * t.element_size()
         return out
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from formulas import FORMULAS, parameters
 from helpers import DEVICE, WAYS, in_onnxruntime, on_cpu
+from timm.layers import set_exportable
 from torch import nn
 
 from timm_ela import ATTN_LAYERS
@@ -160,8 +161,36 @@ AUTHORS = {  # parameters and buffers of the authors' modules of 256 channels
 
 
 @pytest.mark.parametrize('name', AUTHORS)
-def test_weights_have_the_names_and_shapes_of_the_authors_code(name):
-    assert {k: v.shape for k, v in ATTN_LAYERS[name].create(256).state_dict().items()} == AUTHORS[name]
+def test_weights_of_the_authors_modules_load(name):
+    weights = {k: torch.randn(shape) if shape else torch.tensor(1) for k, shape in AUTHORS[name].items()}
+    layer = ATTN_LAYERS[name].create(256)
+    layer.load_state_dict(weights)
+    for k, v in layer.state_dict().items():
+        assert torch.equal(v.view_as(weights[k]), weights[k])
+
+
+@pytest.mark.parametrize('exportable', [False, True])
+@pytest.mark.parametrize('name', FORMULAS)
+def test_a_state_dict_holds_each_weight_in_its_own_shape(name, exportable):
+    """transformers, accelerate and FSDP compare the two."""
+    with set_exportable(exportable):
+        layer = ATTN_LAYERS[name].create(256)
+    shapes = {k: v.shape for k, v in itertools.chain(layer.named_parameters(), layer.named_buffers())}
+    assert {k: v.shape for k, v in layer.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize('name', FORMULAS)
+def test_each_part_resets_its_own_weights(name):
+    """FSDP makes a layer on the meta device, and calls reset_parameters of each module that holds weights."""
+    layer = ATTN_LAYERS[name].create(256, device='meta').to_empty(device=DEVICE)
+    for v in layer.state_dict().values():
+        v.fill_(-9)
+    for module in reversed([*layer.modules()]):
+        if hasattr(module, 'reset_parameters') or next(module.parameters(recurse=False), None) is not None:
+            module.reset_parameters()
+    new, other = (ATTN_LAYERS[name].create(256).state_dict() for _ in range(2))
+    for k, v in layer.state_dict().items():
+        assert torch.equal(v, new[k]) if torch.equal(new[k], other[k]) else v.abs().max() < 9, k
 
 
 @pytest.mark.filterwarnings(

@@ -177,6 +177,25 @@ def test_logits_are_the_same_with_the_options_of_timm(plain, image, base, layer,
     assert_same_logits(model, source, image[:, :kwargs.get('in_chans', 3)], exact=exact)
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('layer', NEUTRAL)
+def test_a_model_in_half_precision_computes_the_plain_models_bits(plain, image, layer, dtype):
+    state_dict = plain('resnet18').state_dict()
+    source, model = (load(name, state_dict, dtype=dtype) for name in ('resnet18', f'resnet18_{layer}'))
+    assert_same_logits(model, source, image.to(dtype), exact=True)
+
+
+@pytest.mark.parametrize('layer', NEUTRAL)
+def test_loading_weights_takes_no_random_numbers(plain, layer):
+    numbers = []
+    for pretrained in (False, True):
+        torch.manual_seed(0)
+        overlay = {'state_dict': plain('resnet18').state_dict()}
+        create(f'resnet18_{layer}', pretrained=pretrained, pretrained_cfg_overlay=overlay)
+        numbers.append(torch.rand(3))
+    assert torch.equal(*numbers)
+
+
 @pytest.mark.parametrize(('base', 'layer'), FEW)
 def test_logits_are_the_same_in_half_precision_and_from_half_precision_files(plain, image, base, layer):
     exact = base in BEFORE
@@ -253,6 +272,15 @@ def test_features_are_the_plain_models_also_below_a_new_head(plain, image, base,
         wanted, found = ([net.forward_features(image)] for net in (source, model))
         assert model(image).shape == source(image).shape == (4, kwargs['num_classes'] or source.num_features)
     for got, want in zip(found, wanted, strict=True):
+        assert_same(got, want, exact=base in BEFORE, times=5)
+
+
+@pytest.mark.parametrize(('base', 'layer'), FEW)
+def test_a_model_of_features_takes_a_grafted_state_dict(plain, image, base, layer):
+    weights = plain(base).state_dict()
+    source, model = load(base, weights, features_only=True), create(f'{base}_{layer}', features_only=True)
+    assert not model.load_state_dict(graft_state_dict(weights, model), strict=False).missing_keys
+    for got, want in zip(model.eval()(image), source.eval()(image), strict=True):
         assert_same(got, want, exact=base in BEFORE, times=5)
 
 

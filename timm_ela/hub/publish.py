@@ -14,7 +14,7 @@ from timm.models import get_arch_name, get_deprecated_models, get_pretrained_cfg
 from torch import Tensor, nn
 
 from ..models.registry import GRAFT, MODELS, WEIGHTS_INFO
-from ..models.weights import difference
+from ..models.weights import check_weights
 from .cards import converted_card, run_card
 from .train_run import TrainRun, errors_name, read_checkpoint, read_class_names, write_args
 
@@ -115,9 +115,7 @@ def _classes_and_channels(state_dict: dict[str, Tensor], name: str) -> dict[str,
 
 
 def _load(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    if reason := difference(state_dict, model):
-        raise RuntimeError(f'The weights are not those of {model.pretrained_cfg["architecture"]}: {reason}.')
-    model.load_state_dict(state_dict, strict=False)
+    model.load_state_dict(check_weights(state_dict, model))
     # after loading, since a float64 may be too large for a float32
     check_finite(model.state_dict())
 

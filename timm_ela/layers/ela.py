@@ -4,12 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import is_exportable
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from .reshaped import reshape_parameter
 from .tracing import is_fixed_export, is_on_cpu, is_onnx_export, is_recorded, is_traced, is_transformed
 
 VARIANTS: dict[str, dict[str, int]] = {
@@ -84,21 +82,18 @@ class EfficientLocalAttention(nn.Module):
             raise ValueError(f"{multiples}, got {channels}: variants 't' and 'b' take any number, or set group_size.")
         taps, groups, dd = size['kernel_size'], channels // size['group_size'], {'device': device, 'dtype': dtype}
         self.conv = StripConv(channels, channels, taps, padding=taps // 2, groups=groups, bias=False, **dd)
-        if is_exportable():
-            # the shape that conv2d takes: ExecuTorch's XNNPACK refuses a weight that an operation has reshaped
-            reshape_parameter(self.conv, 'weight', channels, size['group_size'], 1, taps)
         self.gn = StripNorm(gcd(size['num_groups'], channels), channels, eps=eps, **dd)
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
         """Gates x (N, C, H, W), and returns the same shape, dtype and memory format."""
-        x, z_h, z_w = pool(x)
+        z_h, z_w = strips(x)
         inplace = not torch.jit.is_scripting() and self._may_write_into(x)
         return gate(x, self.gn(self.conv(z_h)), self.gn(self.conv(z_w)), inplace)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the two gates of x: a_h (N, C, H) and a_w (N, C, W), values in (0, 1), in x's dtype."""
-        return open_gates(x, *(self.gn(self.conv(z)) for z in _strips(x)))
+        return open_gates(x, *(self.gn(self.conv(z)) for z in strips(x)))
 
     @torch.jit.unused
     def _may_write_into(self, x: Tensor) -> bool:
@@ -116,7 +111,7 @@ class StripConv(nn.Conv1d):
 
     def forward(self, z: Tensor) -> Tensor:
         if torch.jit.is_scripting() or self._is_changed():
-            return self._conv_forward(z, self.weight.flatten(2), self.bias)
+            return self._conv_forward(z, self.weight, self.bias)
         else:
             return strip_conv(z, self.weight)
 
@@ -142,25 +137,29 @@ class StripNorm(nn.GroupNorm):
 
 
 @torch.fx.wrap
-def pool(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns x (N, C, H, W), and its means over the width (N, C, H) and over the height (N, C, W)."""
+def strips(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the means of x (N, C, H, W) over its width (N, C, H) and over its height (N, C, W)."""
+    if x.dim() != 4:
+        raise ValueError(f'ELA takes a map (N, C, H, W), got one of shape {list(x.shape)}.')
     if torch.jit.is_scripting():
-        return x, x.mean(3), x.mean(2)
+        return x.mean(3), x.mean(2)
     else:
-        return _Pool.apply(x) if is_recorded([x]) else (x, *_strips(x))
+        return (_Mean.apply(x, 3), _Mean.apply(x, 2)) if is_recorded([x]) else (_reduce(x, 3), _reduce(x, 2))
 
 
 @torch.fx.wrap
 def strip_conv(z: Tensor, weight: Tensor) -> Tensor:
-    """conv1d of z (N, C, L) with weight (C, C / groups, K) or (C, C / groups, 1, K), padded to the same length."""
+    """conv1d of z (N, C, L) with weight (C, C / groups, K), padded to the same length."""
     # conv2d, since conv1d does not use oneDNN for short strips, and inductor does not vectorize the product after it
     if torch.jit.is_scripting() or not (is_recorded([z, weight]) and weight.shape[1] == 1 and is_on_cpu(z)):
-        (n, c, length), half, groups = z.shape, weight.shape[-1] // 2, weight.shape[0] // weight.shape[1]
-        weight = weight if weight.dim() == 4 else weight.unsqueeze(2)
-        if not torch.jit.is_scripting() and not is_traced() and length <= half:
-            # taps that only see padding make conv2d many times slower
-            weight, half = weight[..., half + 1 - length:half + length], length - 1
-        z = F.conv2d(z.view(n, c, 1, length), weight, None, padding=[0, half], groups=groups)
+        (n, c, length), half, groups = z.shape, weight.shape[2] // 2, weight.shape[0] // weight.shape[1]
+        if not torch.jit.is_scripting() and not is_traced():
+            if c != weight.shape[0]:
+                raise ValueError(f'ELA has {weight.shape[0]} channels, got a map of {c}.')
+            if length <= half:
+                # taps that only see padding make conv2d many times slower
+                weight, half = weight[..., half + 1 - length:half + length], length - 1
+        z = F.conv2d(z.view(n, c, 1, length), weight.unsqueeze(2), None, padding=[0, half], groups=groups)
         # XNNPACK has no squeeze; with dynamic sizes, a view would restrict them
         return z.view(n, c, length) if not torch.jit.is_scripting() and is_fixed_export(z) else z.squeeze(2)
     else:
@@ -186,45 +185,47 @@ def gate(x: Tensor, logits_h: Tensor, logits_w: Tensor, inplace: bool = False) -
         return _gated(x, logits_h, logits_w, inplace)
 
 
-def _in_layout_of(x: Tensor, strip: Tensor) -> Tensor:
-    """Returns a strip (N, C, L) in the memory format of x: on a CPU, products of mixed formats are slow."""
-    nhwc = x.stride(1) == 1 and is_on_cpu(x)
-    return strip.transpose(1, 2).contiguous().transpose(1, 2) if nhwc else strip
+def _is_nhwc(x: Tensor) -> bool:
+    """True for a map in channels_last on a CPU, where operations that mix memory formats are slow."""
+    return x.stride(1) == 1 and is_on_cpu(x)
 
 
-def _strips(x: Tensor, mean: bool = True) -> tuple[Tensor, Tensor]:
-    """Returns the means, or the sums, of x over its width (N, C, H) and over its height (N, C, W)."""
-    if not (x.stride(1) == 1 and is_on_cpu(x) or is_fixed_export(x)):
-        return (x.mean(3), x.mean(2)) if mean else (x.sum(3), x.sum(2))
+def _to_nhwc(strip: Tensor) -> Tensor:
+    """Returns a strip (N, C, L) with its channels last in memory."""
+    return strip.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _reduce(x: Tensor, dim: int, mean: bool = True) -> Tensor:
+    """Returns the mean, or the sum, of x (N, C, H, W) over its height (dim 2) or its width (dim 3)."""
+    if not (_is_nhwc(x) or is_fixed_export(x)):
+        return x.mean(dim) if mean else x.sum(dim)
     # in NHWC, pooling is far faster than a reduction over one axis; in an export, XNNPACK takes pooling only
-    sizes, divisor = ((1, x.shape[3]), (x.shape[2], 1)), None if mean else 1
-    z_h, z_w = (F.avg_pool2d(x, size, divisor_override=divisor).flatten(2) for size in sizes)
-    return z_h, z_w
+    size = (x.shape[2], 1) if dim == 2 else (1, x.shape[3])
+    return F.avg_pool2d(x, size, divisor_override=None if mean else 1).flatten(2)
 
 
 def _gated(x: Tensor, logits_h: Tensor, logits_w: Tensor, inplace: bool = False) -> Tensor:
     """Computes `gate`, with at most one allocation of x's size if no graph is recorded."""
-    a_h, a_w = open_gates(x, _in_layout_of(x, logits_h), _in_layout_of(x, logits_w))
+    if _is_nhwc(x):
+        logits_h, logits_w = _to_nhwc(logits_h), _to_nhwc(logits_w)
+    a_h, a_w = open_gates(x, logits_h, logits_w)
     y = x.mul_(a_h.unsqueeze(3)) if inplace else x * a_h.unsqueeze(3)
     return y * a_w.unsqueeze(2) if y.requires_grad else y.mul_(a_w.unsqueeze(2))
 
 
-class _Pool(Function):
-    """`pool` with a backward pass that adds the strips' gradients to the gradient of x in place."""
+class _Mean(Function):
+    """Mean over one side, whose gradient takes no memory of x's size. PyTorch's own would take it for each strip."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.size = x.shape[2:]
-        return x.view_as(x), *_strips(x)
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        ctx.shape, ctx.dim, ctx.nhwc = x.shape, dim, _is_nhwc(x)
+        return _reduce(x, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_h: Tensor, grad_w: Tensor) -> Tensor:
-        grad_h = _in_layout_of(grad, grad_h / ctx.size[1]).unsqueeze(3)
-        grad_w = _in_layout_of(grad, grad_w / ctx.size[0]).unsqueeze(2)
-        if torch.is_grad_enabled():
-            return grad + grad_h + grad_w
-        # in place: _Gate.backward has made this gradient, and nothing else holds it
-        return grad.add_(grad_h).add_(grad_w)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad / ctx.shape[ctx.dim]
+        # autograd adds this view to the gradient that _Gate gives, in place if nothing else holds that
+        return (_to_nhwc(grad) if ctx.nhwc else grad).unsqueeze(ctx.dim).expand(ctx.shape), None
 
 
 class _Gate(Function):
@@ -240,7 +241,8 @@ class _Gate(Function):
         x, logits_h, logits_w = ctx.saved_tensors
         grad_x = _gated(grad, logits_h, logits_w)
         # the derivative of the sigmoid a is a (1 - a), and grad_x already has the factor a: both strips share a product
-        sum_h, sum_w = _strips(grad_x * x, mean=False)
+        product = grad_x * x
+        sum_h, sum_w = _reduce(product, 3, mean=False), _reduce(product, 2, mean=False)
         # sigmoid(-logit) is 1 - a, without the rounding of a difference
         return grad_x, sum_h * (-logits_h).sigmoid(), sum_w * (-logits_w).sigmoid()
 
@@ -257,6 +259,6 @@ class _DepthwiseConv(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         # under autocast, grad has another dtype than the saved tensors
         z, weight = (t.to(grad.dtype) for t in ctx.saved_tensors)
-        shifted = F.pad(z, 2 * (weight.shape[-1] // 2,)).unfold(2, z.shape[2], 1)  # (N, C, taps, L), a view
-        grad_weight = torch.stack([(grad * tap).sum(0) for tap in shifted.unbind(2)], 1).sum(2).view_as(weight)
+        shifted = F.pad(z, 2 * (weight.shape[2] // 2,)).unfold(2, z.shape[2], 1)  # (N, C, taps, L), a view
+        grad_weight = torch.stack([(grad * tap).sum(0) for tap in shifted.unbind(2)], 1).sum(2).unsqueeze(1)
         return strip_conv(grad, weight.flip(-1)), grad_weight

@@ -12,10 +12,13 @@ of `add` is a depthwise convolution of v. No tensor of size N x C x K x H x W is
 """
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
+from timm.models import named_apply
+from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -120,7 +123,7 @@ def banded_attention(v: Tensor, attn: Tensor, kernel_size: int, dilation: int = 
 
 def _banded_by_images(v: Tensor, attn: Tensor, kernel_size: int, dilation: int) -> Tensor:
     """Computes `banded_attention` of some images at a time, so that only their matrices are in memory."""
-    if is_traced() or is_transformed() or not len(v):
+    if is_traced() or is_transformed():
         return banded_attention(v, attn, kernel_size, dilation)
     # on a CPU, the matrices of one image stay in its caches
     step = 1 if is_on_cpu(v) else 32
@@ -300,3 +303,33 @@ class EnhancedLocalSelfAttention(nn.Module):
         if add is not None:
             add = add * self.gamma
         return self.proj_drop(self.post_proj(elsa(v, attn, mul, add, self.kernel_size, self.dilation)))
+
+
+def elsa_in_place_of(
+        attn: nn.Module,
+        qkv_bias: bool,
+        weight_init: str = '',
+        **options: Any,
+) -> EnhancedLocalSelfAttention:
+    """ELSA with the width, heads, dropout rates, device and dtype of another attention, and with scale 1.
+
+    Args:
+        attn: Attention of a timm model, with `num_heads`, `proj`, `attn_drop` and `proj_drop`.
+        qkv_bias: Whether queries, keys and values have a bias.
+        weight_init: Initialization of linear layers, as in timm's vision transformers; 'skip' leaves PyTorch's.
+        **options: kernel_size, group_width, lam and gamma of EnhancedLocalSelfAttention.
+    """
+    layer = EnhancedLocalSelfAttention(
+        attn.proj.out_features,
+        attn.num_heads,
+        qkv_bias=qkv_bias,
+        qk_scale=1,
+        attn_drop=attn.attn_drop.p,
+        proj_drop=attn.proj_drop.p,
+        device=attn.proj.weight.device,
+        dtype=attn.proj.weight.dtype,
+        **options,
+    )
+    if weight_init != 'skip':
+        named_apply(get_init_weights_vit(weight_init, needs_reset=False), layer)
+    return layer

@@ -2,10 +2,10 @@
 
 `SA-Net: Shuffle Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2102.00240
 """
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-
-from .reshaped import reshape_parameter
 
 
 class ShuffleAttention(nn.Module):
@@ -43,14 +43,21 @@ class ShuffleAttention(nn.Module):
         self.groups = next(g for g in range(min(groups, channels // 2), 0, -1) if channels % (2 * g) == 0)
         half = channels // (2 * self.groups)
         dd = {'device': device, 'dtype': dtype}
-        self.cweight = nn.Parameter(torch.zeros(1, half, 1, 1, **dd))
-        self.cbias = nn.Parameter(torch.ones(1, half, 1, 1, **dd))
-        self.sweight = nn.Parameter(torch.zeros(1, half, 1, 1, **dd))
-        self.sbias = nn.Parameter(torch.ones(1, half, 1, 1, **dd))
+        # The authors have (1, half, 1, 1). In channels_last, gradients of 4-D parameters have other strides than the
+        # parameters, and DistributedDataParallel would warn.
+        self.cweight = nn.Parameter(torch.empty(half, 1, 1, **dd))
+        self.cbias = nn.Parameter(torch.empty(half, 1, 1, **dd))
+        self.sweight = nn.Parameter(torch.empty(half, 1, 1, **dd))
+        self.sbias = nn.Parameter(torch.empty(half, 1, 1, **dd))
         self.gn = nn.GroupNorm(half, half, **dd)
-        # 4-D parameters in channels_last have other strides than their gradients: DistributedDataParallel would warn
-        for name in ('cweight', 'cbias', 'sweight', 'sbias'):
-            reshape_parameter(self, name, half, 1, 1)
+        self.register_load_state_dict_pre_hook(_drop_first_dimension)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets weights to zero and biases to one, as the authors do."""
+        for weight, bias in ((self.cweight, self.cbias), (self.sweight, self.sbias)):
+            nn.init.zeros_(weight)
+            nn.init.ones_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Gates x (N, C, H, W), and returns a contiguous map of the same shape."""
@@ -60,3 +67,11 @@ class ShuffleAttention(nn.Module):
         y_1 = x_1 * (self.sweight * self.gn(x_1) + self.sbias).sigmoid().to(x.dtype)
         y = torch.cat([y_0, y_1], 1)
         return y.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def _drop_first_dimension(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Gives weights in the shape of the authors' code, (1, C / 2G, 1, 1), the shape of the module's parameters."""
+    for name in ('cweight', 'cbias', 'sweight', 'sbias'):
+        value = state_dict.get(prefix + name)
+        if value is not None and value.ndim == 4:
+            state_dict[prefix + name] = value.squeeze(0)

@@ -16,7 +16,7 @@ from timm.models.efficientnet import efficientnet_init_weights, pretrained_cfg_f
 from torch import nn
 
 from .efficientnet_layouts import rename_state_dict
-from .graft import Slot, graft
+from .graft import Slot, find_slot, graft
 from .registry import Family, Model, make_default_cfgs, register_base_names, register_models, slot_models
 
 # register_model adds each entry point
@@ -25,15 +25,17 @@ __all__: list[str] = []
 _BASES = (
     'mobilenetv2_050', 'mobilenetv2_100', 'mobilenetv2_110d', 'mobilenetv2_120d', 'mobilenetv2_140',
     'efficientnet_lite0', *(f'tf_efficientnet_lite{i}' for i in range(5)))
-_SLOTS = {InvertedResidual: Slot('bn2', act='bn2.act', behind='bn3')}
+_SLOTS = (
+    Slot(InvertedResidual, 'bn2', act='bn2.act', after='bn3'),
+)
 
 
 def _build(model: Model, **kwargs) -> nn.Module:
     built = model_entrypoint(model.base)(**kwargs)
     for block in built.modules():
-        if isinstance(block, InvertedResidual):
-            dd = {'device': block.conv_pwl.weight.device, 'dtype': block.conv_pwl.weight.dtype}
-            block.se = model.layer.create(block.conv_pwl.in_channels, **dd)
+        if slot := find_slot(block, _SLOTS):
+            weight = block.get_submodule(slot.before).weight
+            block.se = model.layer.create(len(weight), device=weight.device, dtype=weight.dtype)
             efficientnet_init_weights(block.se)
     return built
 
@@ -47,6 +49,7 @@ def _create_attn_efficientnet(
 ) -> nn.Module:
     # As in timm: features come from a model class without a head, unless the caller chooses how to take them.
     headless = features_only and not {'feature_cfg', 'feature_cls'} & kwargs.keys()
+    head_args = ('num_classes', 'num_features', 'head_conv', 'global_pool')
     built = build_model_with_cfg(
         partial(_build, model, features_only=headless),
         model.name,
@@ -54,7 +57,7 @@ def _create_attn_efficientnet(
         pretrained_filter_fn=model.checkpoint_filter_fn,
         pretrained_strict=pretrained_strict and not headless,
         features_only=features_only and not headless,
-        kwargs_filter=('num_classes', 'num_features', 'head_conv', 'global_pool') if headless else None,
+        kwargs_filter=head_args if headless else None,
         **kwargs,
     )
     if headless:

@@ -12,10 +12,11 @@ residual add. In a BasicBlock the two are the same.
 from functools import partial
 from typing import Any
 
+from timm.layers import create_attn
 from timm.models import ResNet, build_model_with_cfg, model_entrypoint
 from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor
 
-from .blocks import InnerAttnBottleneck
 from .graft import Slot, graft
 from .registry import Family, Model, make_default_cfgs, register_models, slot_models
 
@@ -26,12 +27,47 @@ _BASIC = ('resnet18', 'resnet34')
 _BOTTLENECK = (
     'resnet26', 'resnet50', 'resnet50d', 'resnet101', 'resnet152', 'resnext50_32x4d', 'wide_resnet50_2')
 _ATTN_SLOTS = ('inner', 'output')
-_SLOTS = {
-    InnerAttnBottleneck: Slot('bn2', act='act2', behind='bn3'),
-    # no convolution follows the layer
-    Bottleneck: Slot('bn3'),
-    BasicBlock: Slot('bn2'),
-}
+
+
+class InnerAttnBottleneck(Bottleneck):
+    """timm's Bottleneck with its attention layer on the inner width, between the 3x3 convolution and conv3."""
+
+    def __init__(self, *args, attn_layer=None, device=None, dtype=None, **kwargs) -> None:
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+        self.se = create_attn(attn_layer, self.conv3.in_channels, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.act1(x)
+
+        x = self.conv2(x)
+        x = self.bn2(x)
+        x = self.drop_block(x)
+        x = self.act2(x)
+        x = self.aa(x)
+        if self.se is not None:
+            x = self.se(x)
+
+        x = self.conv3(x)
+        x = self.bn3(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        x = self.act3(x)
+        return x
+
+
+_SLOTS = (
+    Slot(InnerAttnBottleneck, 'bn2', act='act2', after='bn3'),
+    Slot(Bottleneck, 'bn3'),
+    Slot(BasicBlock, 'bn2'),
+)
 
 
 def _create_attn_resnet(

@@ -17,9 +17,9 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from ..layers.attn_layers import ELSA
-from ..layers.elsa import EnhancedLocalSelfAttention
-from .elsa_parts import check_weights, elsa_in_place_of
+from ..layers.elsa import EnhancedLocalSelfAttention, elsa_in_place_of
 from .registry import Family, Model, make_default_cfgs, register_models
+from .weights import check_weights
 
 # register_model adds each entry point
 __all__: list[str] = []
@@ -129,19 +129,14 @@ def rename_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
     return renamed
 
 
-def _check(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    of_size = '; make the model for the weights\' size, and call set_input_size after they are loaded'
-    return check_weights(state_dict, model, of_size)
-
-
-def _fit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _resize_position_bias(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Resizes position biases of another window size, as timm's Swin does."""
-    own = model.state_dict()
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
     for k, v in state_dict.items():
-        if k.endswith('.relative_position_bias_table') and k in own:
-            window, shape = model.get_submodule(k.rpartition('.')[0]).window_size, own[k].shape
-            if v.shape != shape or window[0] != window[1]:
-                state_dict[k] = resize_rel_pos_bias_table(v, window, shape)
+        if k.endswith('.relative_position_bias_table') and k in shapes:
+            window = model.get_submodule(k.rpartition('.')[0]).window_size
+            if v.shape != shapes[k] or window[0] != window[1]:
+                state_dict[k] = resize_rel_pos_bias_table(v, window, shapes[k])
     return state_dict
 
 
@@ -152,13 +147,14 @@ def _create_elsa_swin(model: Model, pretrained: bool = False, **kwargs) -> SwinT
         partial(build_elsa_swin, base),
         model.name,
         pretrained,
-        pretrained_filter_fn=lambda weights, built: _check(_fit(model.rename_state_dict(weights, built), built), built),
+        pretrained_filter_fn=lambda weights, built: _resize_position_bias(
+            model.checkpoint_filter_fn(weights, built), built),
         feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
         **{'group_width': group_width, **kwargs},
     )
 
 
-_FAMILY = Family(_create_elsa_swin, lambda weights, model, layer: _check(weights, model), rename_state_dict)
+_FAMILY = Family(_create_elsa_swin, lambda weights, model, layer: check_weights(weights, model), rename_state_dict)
 _MODELS = [Model(name, base, ELSA, _FAMILY) for name, (base, _) in _ELSA_SWINS.items()]
 default_cfgs = make_default_cfgs(_MODELS)
 globals().update(register_models(_MODELS))

@@ -18,8 +18,9 @@ from timm.models import VOLO, build_model_with_cfg, model_entrypoint
 from timm.models.volo import Outlooker
 
 from ..layers.attn_layers import ELSA_VOLO
-from .elsa_parts import check_weights, elsa_in_place_of
+from ..layers.elsa import elsa_in_place_of
 from .registry import Family, Model, make_default_cfgs, register_models
+from .weights import check_weights
 
 # register_model adds each entry point
 __all__: list[str] = []

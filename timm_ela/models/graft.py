@@ -8,38 +8,46 @@ Grafting scales no convolution. If a weight before a batch norm is f times as la
 the weight's steps, relative to its size, are f times smaller under Adam, and f squared times smaller under SGD.
 """
 import logging
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..layers.attn_layers import AttnLayer
-from .weights import difference
+from .weights import check_weights, difference
 
 _logger = logging.getLogger(__name__)
 
 
 class Slot(NamedTuple):
-    """The norms and the activation around a block's attention layer, by their names in the block.
+    """The place of the attention layer in blocks of a class. The layer's name is `se`; the others are:
 
     Attributes:
+        block: Class of the blocks.
         before: Norm before the layer.
         act: Activation between that norm and the layer.
-        behind: Batch norm after the convolution that follows the layer.
+        after: Batch norm after the convolution that follows the layer; '' if none follows.
     """
 
+    block: type[nn.Module]
     before: str
     act: str = ''
-    behind: str = ''
+    after: str = ''
+
+
+def find_slot(block: nn.Module, slots: Sequence[Slot]) -> Slot | None:
+    """Returns the first slot of the block's class whose norm the block has. None if it has no slot."""
+    names = {name for name, _ in block.named_modules()}
+    return next((slot for slot in slots if isinstance(block, slot.block) and slot.before in names), None)
 
 
 def graft(
         state_dict: dict[str, Tensor],
         model: nn.Module,
         layer: AttnLayer,
-        slots: Mapping[type[nn.Module], Slot],
+        slots: Sequence[Slot],
 ) -> dict[str, Tensor]:
     """Grafts: completes a plain model's state dict with attention weights that change nothing.
 
@@ -47,7 +55,7 @@ def graft(
         state_dict: Weights of the plain model, or of the model itself, in timm's names.
         model: Model of ours that will load them.
         layer: Attention layer of the model.
-        slots: Slot of the layer by the class of the block that holds it. The first class that fits a block counts.
+        slots: Slots of the model's blocks.
 
     Returns:
         State dict of the model. One that already has all attention weights is returned unchanged.
@@ -57,29 +65,25 @@ def graft(
             architecture, even with timm's `pretrained_strict=False`; or if they cannot be grafted, because the layer
             has no neutral point, a block holds another layer (one that has weights), or a norm cannot take the factor.
     """
-    arch = model.pretrained_cfg.get('architecture', type(model).__name__)
-    classes: Any = tuple(slots)
+    arch = model.pretrained_cfg['architecture']
     blocks = {
-        f'{name}.': block for name, block in model.named_modules()
-        if isinstance(block, classes) and not isinstance(block.se, nn.Identity | None)}
-    own = {f'{name}se.{k}': v for name, block in blocks.items() for k, v in block.se.state_dict().items()}
-    missing = [k for k in own if k not in state_dict and not k.endswith('num_batches_tracked')]
+        f'{name}.': (block, slot) for name, block in model.named_modules()
+        if (slot := find_slot(block, slots)) and not isinstance(block.se, nn.Identity | None)}
+    attention = [f'{name}se.{k}' for name, (block, _) in blocks.items() for k in block.se.state_dict()]
+    missing = [k for k in attention if k not in state_dict and not k.endswith('num_batches_tracked')]
     if not missing:
-        if reason := difference(state_dict, model, adapted=True):
-            raise RuntimeError(f'The weights are not those of {arch}: {reason}.')
-        return state_dict
-    if any(k in state_dict for k in own):
+        return check_weights(state_dict, model)
+    if any(k in state_dict for k in attention):
         raise RuntimeError(
-            f'The checkpoint for {arch} lacks {len(missing)} of {len(own)} attention weights, first {missing[0]!r}: '
-            'it must hold all of them, or none to be grafted.')
+            f'The checkpoint for {arch} lacks {len(missing)} of {len(attention)} attention weights, first '
+            f'{missing[0]!r}: it must hold all of them, or none to be grafted.')
     if layer.neutral is None:
         raise RuntimeError(f'Cannot graft plain weights onto {arch}: {layer.no_weights}')
-    if reason := difference(state_dict, model, without=own, adapted=True):
+    if reason := difference(state_dict, model, without=attention):
         raise RuntimeError(f'Cannot graft onto {arch}: {reason}; it must be one of the plain model.')
 
     grafted = dict(state_dict)
-    for name, block in blocks.items():
-        slot = next(slot for cls, slot in slots.items() if isinstance(block, cls))
+    for name, (block, slot) in blocks.items():
         try:
             grafted |= _scaled(state_dict, name, block, slot, layer.neutral.factor)
         except KeyError as error:
@@ -103,7 +107,9 @@ def _is_neutral(attn: nn.Module, state: Mapping[str, Tensor], like: Tensor, fact
     """True if the layer, with these weights, divides a map by exactly the factor. A user may have replaced it."""
     if like.is_meta:
         return True
-    x = torch.rand(2, len(like), 3, 5, dtype=like.dtype, device=like.device)
+    # Small integers are exact in every dtype when they are divided. Random numbers would shift those of the user's run.
+    x = torch.arange(2 * len(like) * 3 * 5, device=like.device) % 7 + 1
+    x = x.view(2, len(like), 3, 5).to(like.dtype)
     # copies, since a batch norm in training mode updates its statistics
     weights = {k: v.clone() for k, v in state.items()}
     with torch.no_grad():
@@ -118,10 +124,10 @@ def _scaled(
         factor: int,
 ) -> dict[str, Tensor]:
     """Returns weights of a block's norm that make up for a layer that multiplies by 1 / factor."""
-    if not slot.behind or isinstance(block.get_submodule(slot.act), nn.ReLU):
+    if not slot.after or isinstance(block.get_submodule(slot.act), nn.ReLU):
         # ReLU(f * x) is f * ReLU(x), and a power of two does not round: the result is equal to the bit
         return {k: state_dict[k] * factor for k in (f'{name}{slot.before}.weight', f'{name}{slot.before}.bias')}
-    norm, eps = f'{name}{slot.behind}', block.get_submodule(slot.behind).eps
+    norm, eps = f'{name}{slot.after}', block.get_submodule(slot.after).eps
     # in float16, small variances would lose bits
     mean, var, weight = (
         v.to(torch.promote_types(v.dtype, torch.float32))

@@ -1,8 +1,8 @@
-"""Reads the weights in a checkpoint, and compares them with a model's."""
-from collections.abc import Iterable, Mapping
+"""Reads the weights in a checkpoint, and compares their names with a model's."""
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from timm.models import clean_state_dict
+from timm.models import clean_state_dict, get_pretrained_cfg
 from torch import Tensor, nn
 
 
@@ -18,54 +18,44 @@ def unwrap(state_dict: dict[str, Any]) -> dict[str, Tensor]:
     return {k.removeprefix('model.') if is_lightning else k: v for k, v in state_dict.items()}
 
 
-def difference(
-        state_dict: Mapping[str, Tensor],
-        model: nn.Module,
-        *,
-        without: Iterable[str] = (),
-        adapted: bool = False,
-) -> str:
-    """Says how the keys or shapes of a checkpoint differ from a model's, with the first of each. Empty if they agree.
+def difference(state_dict: Mapping[str, Tensor], model: nn.Module, without: Collection[str] = ()) -> str:
+    """Says which weights a checkpoint lacks and which it has too many, with the first of each. Empty if there are none.
 
-    timm's loader is not strict when num_classes differs, and would leave missing weights at random values.
+    timm's loader is not strict where it makes a new head, and would leave missing weights at random values. The head
+    itself does not count here: the loader reports it if it makes no new one. Nor do shapes, which it always compares.
 
     Args:
         state_dict: Weights in timm's names.
-        model: The model.
-        without: Keys of the model that the checkpoint need not have.
-        adapted: Whether timm adapts the weights to the model: the first convolution to the input channels, the head to
-            the classes. The head may then be missing: timm reports that itself unless it makes a new head.
+        model: One of our models.
+        without: Weights of the model that the checkpoint need not have.
     """
-    cfg: Mapping[str, Any] = model.pretrained_cfg if adapted else {}
-    stem, heads = f'{cfg.get("first_conv")}.weight', cfg.get('classifier') or ()
+    classifiers = get_pretrained_cfg(model.pretrained_cfg['architecture']).classifier or ()
     # VOLO has two
-    heads = (heads,) if isinstance(heads, str) else heads
-
-    def is_head(key: str) -> bool:
-        return key.rpartition('.')[0] in heads
-
-    without = set(without)
-    own = {k: v for k, v in model.state_dict().items() if k not in without}
+    heads = tuple(f'{name}.' for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
     parts = {name for name, _ in model.named_children()}
-    # an EfficientNet with features_only has no head
-    headless = heads and not any(head.partition('.')[0] in parts for head in heads)
-    # Checkpoints of old versions of PyTorch have no num_batches_tracked, and batch norm fills it in.
-    missing = [k for k in own if not (k in state_dict or is_head(k) or k.endswith('num_batches_tracked'))]
-    unexpected = [
-        k for k in state_dict if not (k in own or is_head(k) or (headless and k.partition('.')[0] not in parts))]
+    if not any(head.partition('.')[0] in parts for head in heads):
+        # the model is for features, and may lack other parts between them and the head
+        state_dict = {k: v for k, v in state_dict.items() if k.partition('.')[0] in parts}
+
+    def counts(key: str) -> bool:
+        # old checkpoints have no num_batches_tracked
+        return not key.startswith(heads) and not key.endswith('num_batches_tracked')
+
+    wanted = [k for k in model.state_dict() if k not in without]
+    missing = [k for k in wanted if k not in state_dict and counts(k)]
+    unexpected = [k for k in state_dict if k not in wanted and counts(k)]
     differing = [
         f'{what} {len(keys)} {kind}, first {keys[0]!r}'
         for what, kind, keys in (('lacks', 'weights', missing), ('has', 'unexpected weights', unexpected)) if keys]
-    if differing:
-        prefixes = (k.removesuffix(missing[0]) for k in state_dict if missing and k.endswith(f'.{missing[0]}'))
-        prefix = next((prefix for prefix in prefixes if all(f'{prefix}{k}' in state_dict for k in missing)), '')
-        hint = f' (the missing weights are under the prefix {prefix!r}: remove it)' if prefix else ''
-        return f'the checkpoint {", and ".join(differing)}{hint}'
-    for k in filter(state_dict.__contains__, own):
-        found, wanted = list(state_dict[k].shape), list(own[k].shape)
-        axis = 1 if k == stem else 0 if is_head(k) else None
-        if axis is not None and len(found) == len(wanted) > axis:
-            found[axis] = wanted[axis]
-        if found != wanted:
-            return f'{k!r} is {tuple(state_dict[k].shape)} in the checkpoint and {tuple(wanted)} in the model'
-    return ''
+    return f'the checkpoint {", and ".join(differing)}' if differing else ''
+
+
+def check_weights(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Returns the weights if their names are those of the model, but for the head.
+
+    Raises:
+        RuntimeError: If a weight is missing or unexpected.
+    """
+    if reason := difference(state_dict, model):
+        raise RuntimeError(f'The weights are not those of {model.pretrained_cfg["architecture"]}: {reason}.')
+    return state_dict
