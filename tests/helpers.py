@@ -18,7 +18,7 @@ from statistics import median
 import pytest
 import timm
 import torch
-from timm.models._efficientnet_blocks import InvertedResidual
+from timm.models._efficientnet_blocks import InvertedResidual, UniversalInvertedResidual
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -124,7 +124,8 @@ def load(name: str, state_dict: Mapping[str, object], **kwargs) -> nn.Module:
 
 def slot_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The blocks, by name, that have a place for an attention layer, in a plain model or one of ours."""
-    classes = (BasicBlock, Bottleneck, InvertedResidual)  # InvertedResidual expands, DepthwiseSeparableConv does not
+    # the last two expand, and DepthwiseSeparableConv does not
+    classes = (BasicBlock, Bottleneck, InvertedResidual, UniversalInvertedResidual)
     return {name: m for name, m in model.named_modules() if isinstance(m, classes)}
 
 
@@ -135,7 +136,8 @@ def slot_widths(plain: nn.Module, slot: str = 'inner') -> list[int]:
         if isinstance(block, BasicBlock):
             widths.append(block.conv2.out_channels)
         else:
-            last = block.conv3 if isinstance(block, Bottleneck) else block.conv_pwl
+            names = {Bottleneck: 'conv3', InvertedResidual: 'conv_pwl', UniversalInvertedResidual: 'pw_proj.conv'}
+            last = block.get_submodule(names[type(block)])
             widths.append(last.in_channels if slot == 'inner' else last.out_channels)
     return widths
 

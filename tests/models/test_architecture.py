@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from helpers import ROOT, attentions, skeleton, slot_blocks, slot_widths
-from timm.models._efficientnet_blocks import InvertedResidual
 
 from timm_ela.layers.attn_layers import ATTN_LAYERS
 from timm_ela.models.registry import MODELS, read_counts
@@ -24,6 +23,7 @@ PUBLISHED = {
     'resnet50': (25_557_032, 25_583_464, 25_591_016, 25_715_624, 25_776_040),
     'resnet101': (44_549_160, 44_606_056, 44_622_312, 44_890_536, 45_020_584),
     'mobilenetv2_100': (3_504_872, 3_554_600, 3_568_808, 3_803_240, 3_916_904),
+    'mobilenetv4_conv_small': (3_774_024, 3_804_488, 3_813_192, 3_956_808, 4_026_440),
     'tf_efficientnet_lite0': (4_652_008, 4_714_504, 4_732_360, 5_026_984, 5_169_832),
 }
 SLOT_MODELS = {k: m for k, m in MODELS.items() if m.layer in ATTN_LAYERS.values()}
@@ -48,9 +48,18 @@ def test_parameters_are_the_published_ones(base):
     assert tuple(read_counts()[name].params for name in names) == PUBLISHED[base]
 
 
+@pytest.mark.parametrize(('base', 'added'), [
+    ('mobilenetv4_conv_small_050', 19_584), ('mobilenetv4_conv_medium', 136_512), ('mobilenetv4_conv_large', 305_856),
+    ('mobilenetv4_hybrid_medium', 141_120)])
+def test_ela_b_adds_nine_parameters_for_each_channel_of_a_slot(base, added):
+    assert read_counts()[f'{base}_ela_b'].params - read_counts()[base].params == added
+    assert 9 * sum(slot_widths(skeleton(base))) == added
+
+
 @pytest.mark.parametrize('names', [
     ['resnet18', *(name for name, model in MODELS.items() if model.base == 'resnet18')],
-    *([base, f'{base}_ela_b'] for base in ('resnet50', 'mobilenetv2_050', 'tf_efficientnet_lite0')),
+    *([base, f'{base}_ela_b'] for base in (
+        'resnet50', 'mobilenetv2_050', 'mobilenetv4_conv_small_050', 'tf_efficientnet_lite0')),
 ], ids=lambda names: names[0])
 def test_multiply_adds_are_those_of_the_model_as_built(names):
     assert {name: read_counts()[name] for name in names} == {name: measure(name) for name in names}
@@ -90,22 +99,23 @@ def test_the_output_slot_has_the_blocks_output_width(base, layer):
 
 
 OPTIONS = dict(
-    num_classes=7, in_chans=1, global_pool='max', drop_rate=0.2, drop_path_rate=0.3, output_stride=8, act_layer='silu',
+    num_classes=7, in_chans=1, global_pool='max', drop_rate=0.2, drop_path_rate=0.3, act_layer='silu',
     dtype=torch.bfloat16)
-OF_EFFICIENTNETS = dict(bn_momentum=0.3, bn_eps=1e-2)
+# timm's MobileNetV4 takes an output stride with features_only alone, and its ResNet takes no options of batch norms
+STRIDE, NORMS = dict(output_stride=8), dict(bn_momentum=0.3, bn_eps=1e-2)
 
 
 @pytest.mark.parametrize('kwargs', [{}, OPTIONS], ids=['defaults', 'options'])
 @pytest.mark.parametrize('base', BASES)
 def test_without_its_attention_a_model_is_timms_in_every_module_and_setting(base, kwargs):
     """Padding, strides, dilations, epsilons, momenta, activations, rates: all that modules print."""
-    if kwargs and 'res' not in base:
-        kwargs = kwargs | OF_EFFICIENTNETS
+    if kwargs:
+        kwargs = kwargs | (STRIDE if 'v4' not in base else {}) | (NORMS if 'res' not in base else {})
     model, plain = (timm.create_model(n, device='meta', **kwargs) for n in (f'{base.removesuffix("_100")}_eca', base))
     assert {p.dtype for p in model.parameters()} == {p.dtype for p in plain.parameters()}
     assert len(attentions(model)) == len(slot_blocks(plain)) > 0
     for block, theirs in zip(slot_blocks(model).values(), slot_blocks(plain).values(), strict=True):
-        if isinstance(theirs, InvertedResidual):
+        if theirs.se is not None:
             block.se = theirs.se
         else:
             del block._modules['se']

@@ -12,9 +12,9 @@ from timm_ela.layers.attn_layers import ATTN_LAYERS
 
 # Each layer once, the first on timm's own padding 'same', the others on the cheapest of a family in turn.
 LAYERS = {layer.tag: layer.suffix for layer in reversed(ATTN_LAYERS.values())}  # of ELA's sizes, one
-BACKBONES = chain(['tf_efficientnet_lite0'], cycle(('mobilenetv2_050', 'resnet18')))
+BACKBONES = chain(['tf_efficientnet_lite0', 'mobilenetv4_conv_small_050'], cycle(('mobilenetv2_050', 'resnet18')))
 MODELS = tuple(f'{backbone}_{layer}' for backbone, layer in zip(BACKBONES, LAYERS.values(), strict=False))
-TRACED = MODELS[0], *MODELS[-2:]  # one of each backbone; tests/layers traces and scripts every layer
+TRACED = *MODELS[:2], *MODELS[-2:]  # one of each backbone; tests/layers traces and scripts every layer
 # timm has up to twenty tags for a ResNet, and its test of settings runs for each.
 SELECTED = (
     f'({" or ".join(MODELS)}) and not (default_cfgs and resnet and graft and not graft_a1_in1k) '

@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import timm
 import torch
-from helpers import DEVICE, LOSS, OPTIMIZERS, assert_same_first_step, attentions, first_step
+from helpers import DEVICE, LOSS, OPTIMIZERS, assert_same_first_step, attentions, first_step, slot_blocks
 from safetensors.torch import save_file
 from timm.layers import GroupNorm1
 from torch import nn
@@ -15,13 +15,15 @@ from timm_ela.layers.attn_layers import ATTN_LAYERS
 from timm_ela.models.registry import graft_state_dict
 
 NEUTRAL = [suffix for suffix, layer in ATTN_LAYERS.items() if layer.neutral]
-# The kinds of block, and the weights that make up for the layer: basic and bottleneck, where scale and shift of the
-# norm before the layer are multiplied by the factor; inverted residual, and that with timm's own padding 'same', where
-# the norm behind the projection counts on activations that are smaller by it.
-BEFORE = ('resnet18', 'resnet50')
-BEHIND = ('mobilenetv2_050', 'tf_efficientnet_lite0')
+# The kinds of block, and the weights that make up for the layer: basic, bottleneck and universal inverted residual,
+# where scale and shift of the norm before the layer are multiplied by the factor; inverted residual, and that with
+# timm's own padding 'same', where the norm after the projection counts on activations that are smaller by it.
+BEFORE = ('resnet18', 'resnet50', 'mobilenetv4_conv_small_050')
+AFTER = ('mobilenetv2_050', 'tf_efficientnet_lite0')
 # A layer for each base, so that all kinds of layer come up where one is enough.
-FEW = [('resnet18', 'cbam'), ('resnet50', 'se'), ('mobilenetv2_050', 'ca'), ('tf_efficientnet_lite0', 'ela_b')]
+FEW = [
+    ('resnet18', 'cbam'), ('resnet50', 'se'), ('mobilenetv2_050', 'ca'), ('tf_efficientnet_lite0', 'ela_b'),
+    ('mobilenetv4_conv_small_050', 'ela_s')]
 RATES = {'drop_path_rate': 0.4, 'drop_rate': 0.3}
 LABELS = torch.tensor([3, 5, 0, 2], device=DEVICE)
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5}  # of logits, relative, where the bits are not the same
@@ -52,8 +54,15 @@ def image():
     return torch.randn(4, 3, 64, 48)
 
 
-def scaled_names(model, scaled):
-    return {f'{k.removesuffix("se")}{weight}' for k in attentions(model) for weight in scaled}
+def scaled_names(model, norm, weights):
+    """Weights of each block's norm by name; 'before' is the norm before the layer in MobileNetV4."""
+    names = set()
+    for block, module in slot_blocks(model).items():
+        of_block = norm
+        if norm == 'before':
+            of_block = 'pw_exp.bn' if isinstance(module.dw_mid, nn.Identity) else 'dw_mid.bn'
+        names |= {f'{block}.{of_block}.{weight}' for weight in weights}
+    return names
 
 
 def zeroed(model, layer):
@@ -101,24 +110,26 @@ def assert_trains_on_the_same_bits(source, model, factor, scaled, image):
 
 
 @pytest.mark.parametrize(('base', 'layer', 'norm', 'kwargs'), [
-    *((base, layer, 'bn2', {}) for base in BEFORE for layer in NEUTRAL),
+    *((base, layer, 'bn2', {}) for base in BEFORE[:2] for layer in NEUTRAL),
+    *((BEFORE[2], layer, 'before', {}) for layer in NEUTRAL),
+    (*FEW[4], 'before', RATES),
     *((base, layer, 'bn2', {}) for base, layer in (
         ('resnet26', 'ca'), ('resnet50d', 'ela_s'), ('resnext50_32x4d', 'cbam'), ('wide_resnet50_2', 'ela_t'))),
     *((base, layer, 'bn2', RATES) for base, layer in FEW[:2]),
     ('resnet18', 'cbam', 'bn2', {'attn_slot': 'output'}),
     ('resnet50', 'cbam', 'bn3', {'attn_slot': 'output'}),
 ])
-def test_every_kind_of_resnet_computes_and_trains_on_the_plain_models_bits(plain, image, base, layer, norm, kwargs):
+def test_scaled_before_the_layer_a_model_trains_on_the_plain_models_bits(plain, image, base, layer, norm, kwargs):
     state_dict = plain(base).state_dict()
     source = load(base, state_dict, **{k: v for k, v in kwargs.items() if k != 'attn_slot'})
     model = load(f'{base}_{layer}', state_dict, **kwargs)
     assert_same_logits(model, source, image, image.contiguous(memory_format=torch.channels_last), exact=True)
-    scaled = scaled_names(model, (f'{norm}.weight', f'{norm}.bias'))
+    scaled = scaled_names(model, norm, ('weight', 'bias'))
     assert_trains_on_the_same_bits(source, model, ATTN_LAYERS[layer].neutral.factor, scaled, image)
 
 
 @pytest.mark.parametrize('layer', NEUTRAL)
-@pytest.mark.parametrize('base', BEHIND)
+@pytest.mark.parametrize('base', AFTER)
 def test_elsewhere_logits_are_the_plain_models_up_to_rounding(plain, image, base, layer):
     source, images = plain(base), (image, image.contiguous(memory_format=torch.channels_last))
     assert_same_logits(load(f'{base}_{layer}', source.state_dict()), source, *images, exact=False)
@@ -127,7 +138,7 @@ def test_elsewhere_logits_are_the_plain_models_up_to_rounding(plain, image, base
     assert_same_logits(model, source, image.double(), exact=False)
 
 
-@pytest.mark.parametrize(('base', 'layer'), FEW[2:])
+@pytest.mark.parametrize(('base', 'layer'), FEW[2:4])
 def test_elsewhere_random_depth_and_dropout_drop_the_same(plain, image, base, layer):
     state_dict = plain(base).state_dict()
     nets = (load(name, state_dict, **RATES) for name in (base, f'{base}_{layer}'))
@@ -166,14 +177,14 @@ def test_with_the_attention_frozen_five_steps_lead_to_the_plain_models_loss(plai
 
 
 @pytest.mark.parametrize('kwargs', [
-    {'output_stride': 8}, {'global_pool': 'avgmax', 'num_classes': 1000}, {'act_layer': 'silu'}, {'act_layer': 'relu'},
+    {'global_pool': 'avgmax', 'num_classes': 1000}, {'act_layer': 'silu'}, {'act_layer': 'relu'},
     {'in_chans': 1}], ids=str)
 @pytest.mark.parametrize(('base', 'layer'), FEW)
 def test_logits_are_the_same_with_the_options_of_timm(plain, image, base, layer, kwargs):
     state_dict, act = plain(base).state_dict(), kwargs.get('act_layer', '')
     source, model = (load(name, state_dict, **kwargs) for name in (base, f'{base}_{layer}'))
     # ReLU passes a power of two, which SiLU does not; behind a BasicBlock's layer is no activation
-    exact = base == 'resnet18' or act == 'relu' or (base == 'resnet50' and act != 'silu')
+    exact = base == 'resnet18' or act == 'relu' or (base in BEFORE and act != 'silu')
     assert_same_logits(model, source, image[:, :kwargs.get('in_chans', 3)], exact=exact)
 
 
@@ -224,9 +235,10 @@ def test_only_the_norm_beside_the_layer_is_changed_and_the_rest_of_the_layer_is_
     before = {k: v.clone() for k, v in source.items()}
     model = create(f'{base}_{layer}')
     model.load_state_dict(graft_state_dict(source, model))  # not through timm's loader, which copies what it is given
-    factors = {'bn2.weight': factor, 'bn2.bias': factor} if base in BEFORE else {
-        'bn3.running_mean': 1 / factor, 'bn3.running_var': 1 / factor ** 2, 'bn3.weight': None}
-    factors = {k: v for name, v in factors.items() for k in scaled_names(model, [name])}
+    norm = 'before' if 'v4' in base else 'bn2' if base in BEFORE else 'bn3'
+    factors = {'weight': factor, 'bias': factor} if base in BEFORE else {
+        'running_mean': 1 / factor, 'running_var': 1 / factor ** 2, 'weight': None}
+    factors = {k: v for name, v in factors.items() for k in scaled_names(model, norm, [name])}
     assert factors
     state_dict = model.state_dict()
     for k, v in before.items():
@@ -259,7 +271,7 @@ def test_training_leaves_the_neutral_point_in_the_first_step(plain, image, base,
 
 
 @pytest.mark.parametrize('kwargs', [
-    {'num_classes': 7}, {'num_classes': 0}, {'features_only': True},
+    {'num_classes': 7}, {'num_classes': 0}, {'features_only': True}, {'features_only': True, 'output_stride': 8},
     *({'features_only': True, 'out_indices': (2, 4), 'feature_cls': cls} for cls in ('fx', 'getter'))], ids=str)
 @pytest.mark.parametrize(('base', 'layer'), FEW)
 def test_features_are_the_plain_models_also_below_a_new_head(plain, image, base, layer, kwargs):
@@ -270,7 +282,7 @@ def test_features_are_the_plain_models_also_below_a_new_head(plain, image, base,
         assert model.feature_info.reduction() == source.feature_info.reduction()
     else:
         wanted, found = ([net.forward_features(image)] for net in (source, model))
-        assert model(image).shape == source(image).shape == (4, kwargs['num_classes'] or source.num_features)
+        assert model(image).shape == source(image).shape == (4, kwargs['num_classes'] or source.head_hidden_size)
     for got, want in zip(found, wanted, strict=True):
         assert_same(got, want, exact=base in BEFORE, times=5)
 

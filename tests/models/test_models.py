@@ -11,8 +11,10 @@ from timm.models import group_parameters, model_entrypoint
 from timm_ela import EfficientLocalAttention
 from timm_ela.models.registry import MODELS
 
-# The four kinds of block: basic, bottleneck, inverted residual, and that with timm's own padding 'same'.
-FEW = ('resnet18_ela_b', 'resnet50_ca', 'mobilenetv2_050_ela_s', 'tf_efficientnet_lite0_ela_t')
+# The kinds of block: basic, bottleneck, inverted residual, that with timm's own padding 'same', universal.
+FEW = (
+    'resnet18_ela_b', 'resnet50_ca', 'mobilenetv2_050_ela_s', 'tf_efficientnet_lite0_ela_t',
+    'mobilenetv4_conv_small_050_ela_l')
 
 
 @pytest.fixture
@@ -82,6 +84,8 @@ def test_the_convolutions_of_a_layer_are_drawn_as_those_of_timms_efficientnets(l
     # timm's bn2 holds the ReLU6
     ('mobilenetv2_050_se', {}, 'bn2', 'conv_pwl'),
     ('tf_efficientnet_lite0_ela_t', {}, 'bn2', 'conv_pwl'),
+    # blocks without dw_mid have an Identity there
+    ('mobilenetv4_conv_small_ca', {}, 'dw_mid', 'pw_proj'),
 ])
 def test_the_layer_runs_once_in_each_block_between_its_neighbours(build, image, name, slot, before, after):
     model, came, went = build(name, **slot), {}, {}
@@ -121,7 +125,8 @@ def test_group_matcher_puts_the_layer_with_its_block(name, coarse):
     for k in groups:
         if '.se.' in k:
             block = k.partition('.se.')[0]
-            assert {groups[other] for other in groups if other.startswith(f'{block}.conv')} == {groups[k]}
+            others = [other for other in groups if other.startswith(f'{block}.') and '.se.' not in other]
+            assert {groups[other] for other in others} == {groups[k]}
 
 
 @pytest.mark.parametrize('name', ['resnet18_ela_b', 'resnet50_ela_s'])

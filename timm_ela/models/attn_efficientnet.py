@@ -1,17 +1,18 @@
-"""MobileNetV2 and EfficientNet-Lite with an attention layer in every block that expands.
+"""MobileNetV2, MobileNetV4 and EfficientNet-Lite with an attention layer in every block that expands.
 
 `MobileNetV2: Inverted Residuals and Linear Bottlenecks` - https://arxiv.org/abs/1801.04381
+`MobileNetV4: Universal Models for the Mobile Ecosystem` - https://arxiv.org/abs/2404.10518
 `EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks` - https://arxiv.org/abs/1905.11946; Lite:
 https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite. The layers' papers are in
 attn_layers.py.
 
-The layer is where the authors of Coordinate Attention and of ELA have it in their ImageNet code: after the depthwise
-convolution's activation, before the projection.
+The layer is where the authors of Coordinate Attention and of ELA have it in their ImageNet code for MobileNetV2: on the
+expanded width, before the projection. That is the place of timm's `se`. Nobody has published MobileNetV4 with it.
 """
 from functools import partial
 
 from timm.models import build_model_with_cfg, model_entrypoint
-from timm.models._efficientnet_blocks import InvertedResidual
+from timm.models._efficientnet_blocks import InvertedResidual, UniversalInvertedResidual
 from timm.models.efficientnet import efficientnet_init_weights, pretrained_cfg_for_features
 from torch import nn
 
@@ -24,9 +25,14 @@ __all__: list[str] = []
 
 _BASES = (
     'mobilenetv2_050', 'mobilenetv2_100', 'mobilenetv2_110d', 'mobilenetv2_120d', 'mobilenetv2_140',
+    'mobilenetv4_conv_small_050', 'mobilenetv4_conv_small', 'mobilenetv4_conv_medium', 'mobilenetv4_conv_large',
+    'mobilenetv4_hybrid_medium',
     'efficientnet_lite0', *(f'tf_efficientnet_lite{i}' for i in range(5)))
 _SLOTS = (
     Slot(InvertedResidual, 'bn2', act='bn2.act', after='bn3'),
+    Slot(UniversalInvertedResidual, 'dw_mid.bn', act='dw_mid.bn.act', after='pw_proj.bn'),
+    # a block without a convolution between its expansion and its projection
+    Slot(UniversalInvertedResidual, 'pw_exp.bn', act='pw_exp.bn.act', after='pw_proj.bn'),
 )
 
 
@@ -49,7 +55,7 @@ def _create_attn_efficientnet(
 ) -> nn.Module:
     # As in timm: features come from a model class without a head, unless the caller chooses how to take them.
     headless = features_only and not {'feature_cfg', 'feature_cls'} & kwargs.keys()
-    head_args = ('num_classes', 'num_features', 'head_conv', 'global_pool')
+    head_args = ('num_classes', 'num_features', 'head_conv', 'head_bias', 'head_norm', 'global_pool')
     built = build_model_with_cfg(
         partial(_build, model, features_only=headless),
         model.name,
