@@ -1,5 +1,6 @@
 """What `timm_ela.observe` computes: gates by the formula, Grad-CAM where the evidence is, and the model as it was."""
 import re
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -7,7 +8,9 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from timm_ela import EfficientLocalAttention
 from timm_ela.figure import draw
@@ -176,29 +179,69 @@ def test_a_model_in_half_precision(make_model, image):
     np.testing.assert_allclose(half.gates[0].all, single.gates[0].all, atol=0.05)
 
 
-def test_the_model_is_left_as_it_was(make_model, image, monkeypatch):
-    model = make_model().train()
-    model.layer1.eval()
-    model.fc.weight.requires_grad_(False)
-    modes = [module.training for module in model.modules()]
-    weights = {k: v.clone() for k, v in model.state_dict().items()}
+@contextmanager
+def left_as_it_is(model):
+    """Checks that a model keeps its weights and buffers, the modes and flags of its modules, hooks and gradients."""
+    def state():
+        flags = [{k: v for k, v in vars(m).items() if not k.startswith('_')} for m in model.modules()]
+        hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+        return flags, hooks, [(p.grad, p.requires_grad) for p in model.parameters()]
 
-    def check():
-        assert [module.training for module in model.modules()] == modes
-        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-        assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())  # batch norm's statistics too
-        assert all(p.grad is None and p.requires_grad == (p is not model.fc.weight) for p in model.parameters())
+    before, weights = state(), {k: v.clone() for k, v in model.state_dict().items()}
+    yield
+    assert state() == before
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
-    observe(image, model)
-    check()
 
-    def fail(x):
-        raise RuntimeError('out of memory')
+def same(seen, other):
+    for gate, expected in zip(seen.gates, other.gates, strict=True):
+        np.testing.assert_array_equal(gate.all, expected.all)
+    np.testing.assert_array_equal(seen.cam, other.cam)
+    return seen.classes == other.classes and seen.cam.max() == 1
 
-    monkeypatch.setattr(model, 'forward_head', fail)
-    with pytest.raises(RuntimeError, match='out of memory'):
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('name', ['resnet18', 'resnet18_ela_t', 'mobilenetv2_050_ela_t', 'test_convnext'])
+def test_a_model_in_training_is_left_as_it_is(make_model, image, name, checkpointing):
+    model = make_model(name)
+    expected = observe(image, model)
+    model.set_grad_checkpointing(checkpointing)
+    # frozen
+    next(model.train().children()).eval().requires_grad_(False)
+    with left_as_it_is(model):
+        assert same(observe(image, model), expected)
+    model.forward_head = None
+    with left_as_it_is(model), pytest.raises(TypeError):
         observe(image, model)
-    check()
+
+
+class Checkpointed(nn.Module):
+    """A user's module that keeps nothing for the gradients: its block runs again for them."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.again = block, False
+
+    def forward(self, x):
+        return checkpoint(self.block, x, use_reentrant=False) if self.again else self.block(x)
+
+
+def test_a_module_that_runs_again_for_gradients_is_left_as_it_is(make_model, image):
+    model = make_model()
+    model.layer4 = Checkpointed(model.layer4)
+    model.feature_info[-1]['module'] = 'layer4.block.0'
+    expected = observe(image, model)
+    model.train().layer4.again = True
+    with left_as_it_is(model):
+        assert same(observe(image, model), expected)
+
+
+@pytest.mark.parametrize('wrap', [torch.compile, nn.DataParallel, ModelEmaV3])
+def test_of_a_wrapped_model_the_model_inside_is_shown(make_model, image, wrap):
+    model = make_model()
+    expected = observe(image, model)
+    seen = observe(image, wrap(model))
+    assert same(seen, expected) and seen.model == 'resnet18_ela_t'
 
 
 def test_the_top_classes_carry_the_models_probabilities(make_model, image):

@@ -1,6 +1,7 @@
 """What a model makes of a picture: what it saw, its classes, where it looked (Grad-CAM), and its ELA gates."""
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +11,13 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.data.loader import adapt_to_chs
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .layers.ela import EfficientLocalAttention
 
+_Gates = tuple[np.ndarray, np.ndarray]
 _Reader = Callable[[Tensor], Tensor]
 # channels of a model -> mode of a picture
 _MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
@@ -83,10 +86,12 @@ def observe(
         mean: bool = False,
         class_index: int | None = None,
 ) -> Observation:
-    """Shows a picture to a model, and leaves the model as it was: its mode, its hooks, its gradients.
+    """Shows a picture to a model, and leaves the model as it was.
 
     Arguments and errors are those of `plot_attention`.
     """
+    # a compiled, distributed or averaged model: the attributes and the names of modules are those of the model inside
+    model = unwrap_model(model)
     cfg = getattr(model, 'pretrained_cfg', {})
     name = cfg.get('architecture', type(model).__name__)
     ela = _ela_modules(model, name, stages)
@@ -98,10 +103,11 @@ def observe(
         raise ValueError(f'{name} has {f"classes 0 to {classes - 1}" if classes else "no classes"}, got {class_index}.')
     labels = _class_names(classes, cfg, class_names) if classes else []
     x, picture = _prepare(open_image(image), model, name)
+    size, weight = x.shape[1:], next(model.parameters())
 
     # the user may be in inference mode, or have frozen the parameters
-    with torch.inference_mode(False), torch.enable_grad():
-        output, gates, maps = _forward(model, x.clone().requires_grad_(), ela.values(), bool(classes))
+    with _watched(model, ela.values(), size) as (gates, maps), torch.inference_mode(False), torch.enable_grad():
+        output = model(x[None].to(weight.device, weight.dtype, copy=True).requires_grad_())
         shown = [_choose(stage, *gates[module], channel, mean) for stage, module in ela.items()]
         if not classes:
             return Observation(name, picture, [], None, '', shown)
@@ -109,7 +115,7 @@ def observe(
             raise ValueError(f'{name} has no feature map for Grad-CAM: its `feature_info` names none that can be read.')
         logits = output[0].float()
         of = int(logits.argmax()) if class_index is None else class_index
-        cam = grad_cam(logits[of], maps, x.shape[1:]) if maps else None
+        cam = grad_cam(logits[of], [*maps.values()], size) if maps else None
     p = logits.detach().softmax(0)
     top = [(float(p[i]), labels[i]) for i in p.argsort(descending=True)[:topk].tolist()]
     return Observation(name, picture, top, cam, labels[of], shown)
@@ -153,36 +159,43 @@ def _ela_modules(model: nn.Module, name: str, wanted: Sequence[int] | None) -> d
     return {stage: stages[stage] for stage in (wanted if stages and wanted else stages)}
 
 
-def _forward(
+@contextmanager
+def _watched(
         model: nn.Module,
-        x: Tensor,
         ela: Iterable[nn.Module],
-        with_maps: bool,
-) -> tuple[Any, dict[nn.Module, tuple[np.ndarray, np.ndarray]], list[tuple[Tensor, _Reader]]]:
-    """Returns the model's output for x (C, H, W) in eval mode, the gates of the ELA modules, and the feature maps."""
-    gates, maps = {}, []
+        size: Sequence[int],
+) -> Iterator[tuple[dict[nn.Module, _Gates], dict[str, tuple[Tensor, _Reader]]]]:
+    """Sets a model to eval mode, collects the gates of its ELA modules and its feature maps, and restores the model.
+
+    Gradients belong inside: a module with a checkpoint of its own runs again for them, and so do its hooks. timm's
+    checkpointing is off, since it calls the blocks of a stage and not the stage, whose hook would not run.
+    """
+    gates: dict[nn.Module, _Gates] = {}
+    maps: dict[str, tuple[Tensor, _Reader]] = {}
 
     def keep_gates(module: EfficientLocalAttention, args: tuple) -> None:
         a_h, a_w = (gate[0].detach().float().cpu().numpy() for gate in module.gates(args[0]))
         gates[module] = (a_h, a_w)
 
-    def keep_map(info: dict[str, Any], output: Any) -> None:
+    def keep_map(info: dict[str, Any], module: nn.Module, args: tuple, output: Any) -> None:
         output = output[0] if isinstance(output, (tuple, list)) else output
-        if isinstance(output, Tensor) and (read := _reader(output, info, x.shape[1:])):
-            maps.append((output, read))
+        if isinstance(output, Tensor) and (read := _reader(output, info, size)):
+            # of two runs the first, which led to the scores
+            maps.setdefault(info['module'], (output, read))
 
-    modules, modes = dict(model.named_modules()), {module: module.training for module in model.modules()}
-    weight = next(model.parameters())
+    modules = dict(model.named_modules())
     with ExitStack() as stack:
         for module in ela:
             stack.callback(module.register_forward_pre_hook(keep_gates).remove)
-        for info in getattr(model, 'feature_info', ()) if with_maps else ():
+        for info in getattr(model, 'feature_info', ()):
             if info['module'] in modules:
-                hook = modules[info['module']].register_forward_hook(lambda m, a, output, i=info: keep_map(i, output))
-                stack.callback(hook.remove)
-        for module, mode in modes.items():
-            stack.callback(setattr, module, 'training', mode)
-        return model.eval()(x.unsqueeze(0).to(weight.device, weight.dtype)), gates, maps
+                stack.callback(modules[info['module']].register_forward_hook(partial(keep_map, info)).remove)
+        for module in modules.values():
+            for flag in ('training', 'grad_checkpointing'):
+                if getattr(module, flag, False):
+                    stack.callback(setattr, module, flag, True)
+                    setattr(module, flag, False)
+        yield gates, maps
 
 
 def _choose(stage: int, a_h: np.ndarray, a_w: np.ndarray, channel: int | None, mean: bool) -> Gate:
