@@ -24,19 +24,14 @@ _MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
 
 class Gate(NamedTuple):
-    """The products a_h * a_w of a stage's last ELA: of one channel or the mean of all, and of every channel.
+    """The gates a_h * a_w of a stage's last ELA: `all` of every channel, `map` of one channel or of the mean.
 
-    Attributes:
-        stage: Index of the stage, from 0.
-        of: What is shown: 'channel 3 of 64', or 'mean of 64 channels'.
-        varies_most: Whether the channel was chosen because its gate varies most over the picture.
-        map: a_h * a_w.
-        a_h, a_w: Gates of the rows and of the columns.
-        all: Products of all channels.
+    `shown` says which: 'channel 3 of 64' or 'mean of 64 channels'. A channel that was not asked for is the one whose
+    gate varies most over the picture. Stages count from 0.
     """
 
     stage: int
-    of: str
+    shown: str
     varies_most: bool
     map: np.ndarray  # (H, W)
     a_h: np.ndarray  # (H,)
@@ -57,23 +52,6 @@ class Observation(NamedTuple):
     cam: np.ndarray | None  # (H, W)
     cam_class: str
     gates: list[Gate]
-
-
-def open_image(image: str | Path | Image.Image) -> Image.Image:
-    """Opens an image file and decodes it.
-
-    Raises:
-        ValueError: If that fails. The error names the file.
-    """
-    if isinstance(image, Image.Image):
-        return image
-    try:
-        with Image.open(image) as opened:
-            opened.load()
-            return opened
-    except Exception as error:
-        # a broken file makes Pillow raise one of many types, often without naming the file
-        raise ValueError(f'Cannot read the image {str(image)!r}: {error}') from error
 
 
 def observe(
@@ -100,9 +78,9 @@ def observe(
     if not ela and not classes:
         raise ValueError(f'{name} has neither classes nor ELA: there is nothing to plot.')
     if class_index is not None and not 0 <= class_index < classes:
-        raise ValueError(f'{name} has {f"classes 0 to {classes - 1}" if classes else "no classes"}, got {class_index}.')
+        raise ValueError(f'{name} has {classes} classes, counted from 0; got {class_index}.')
     labels = _class_names(classes, cfg, class_names) if classes else []
-    x, picture = _prepare(open_image(image), model, name)
+    x, picture = _prepare(image if isinstance(image, Image.Image) else Image.open(image), model, name)
     size, weight = x.shape[1:], next(model.parameters())
 
     # the user may be in inference mode, or have frozen the parameters
@@ -111,14 +89,12 @@ def observe(
         shown = [_choose(stage, *gates[module], channel, mean) for stage, module in ela.items()]
         if not classes:
             return Observation(name, picture, [], None, '', shown)
-        if not maps and not ela:
-            raise ValueError(f'{name} has no feature map for Grad-CAM: its `feature_info` names none that can be read.')
         logits = output[0].float()
-        of = int(logits.argmax()) if class_index is None else class_index
-        cam = grad_cam(logits[of], [*maps.values()], size) if maps else None
+        explained = int(logits.argmax()) if class_index is None else class_index
+        cam = grad_cam(logits[explained], [*maps.values()], size) if maps else None
     p = logits.detach().softmax(0)
     top = [(float(p[i]), labels[i]) for i in p.argsort(descending=True)[:topk].tolist()]
-    return Observation(name, picture, top, cam, labels[of], shown)
+    return Observation(name, picture, top, cam, labels[explained], shown)
 
 
 def _prepare(image: Image.Image, model: nn.Module, name: str) -> tuple[Tensor, np.ndarray]:
@@ -206,8 +182,8 @@ def _choose(stage: int, a_h: np.ndarray, a_w: np.ndarray, channel: int | None, m
     chosen = int(both.std((1, 2)).argmax()) if channel is None else channel
     if not 0 <= chosen < len(both):
         raise ValueError(f'Stage {stage} has channels 0 to {len(both) - 1}, got {chosen}.')
-    of = f'channel {chosen} of {len(both)}'
-    return Gate(stage, of, channel is None, both[chosen], a_h[chosen], a_w[chosen], both)
+    shown = f'channel {chosen} of {len(both)}'
+    return Gate(stage, shown, channel is None, both[chosen], a_h[chosen], a_w[chosen], both)
 
 
 def _reader(feature: Tensor, info: dict[str, Any], size: Sequence[int]) -> _Reader | None:

@@ -10,11 +10,11 @@ from PIL import Image
 from timm.models import get_arch_pretrained_cfgs
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_ela.figure import draw
 from timm_ela.hub.cards import card_data, citation, needs
 from timm_ela.layers.attn_layers import ATTN_LAYERS, ELSA, ELSA_VOLO
 from timm_ela.models.registry import MODELS, Counts, Model, read_counts
 from timm_ela.observe import observe
+from timm_ela.plot import draw
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = '<!-- models: make cards -->\n', '<!-- end of models -->'
