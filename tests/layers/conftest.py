@@ -19,7 +19,7 @@ def either_way(request, monkeypatch):
     """Runs a test twice: also by the expressions that are left where a layer does not run on a CPU."""
     if request.param == 'as_on_no_cpu':
         for module in (ela, elsa):
-            monkeypatch.setattr(module, 'is_on_cpu', lambda x: False)
+            monkeypatch.setattr(module, 'runs_on_cpu', lambda x: False)
 
 
 @pytest.fixture

@@ -67,8 +67,8 @@ class AttnLayer(NamedTuple):
         suffix: Suffix of the names of models with this layer.
         title: Name of the layer.
         paper: Paper that introduced it.
-        make: make(channels, device=..., dtype=...) returns the layer. It must have a parameter, by which a checkpoint
-            of the model differs from one of the plain model.
+        module: Class of the layer, or a partial of it: module(channels, device=..., dtype=...). It must have a
+            parameter, by which a checkpoint of the model differs from one of the plain model.
         neutral: Neutral point, or None if the layer has none.
         no_weights: Why there are no pretrained weights, if the layer has no neutral point.
     """
@@ -76,7 +76,7 @@ class AttnLayer(NamedTuple):
     suffix: str
     title: str
     paper: Paper
-    make: Callable[..., nn.Module]
+    module: Callable[..., nn.Module]
     neutral: Neutral | None = None
     no_weights: str = ''
 
@@ -94,15 +94,15 @@ class AttnLayer(NamedTuple):
             device: Device of the parameters.
             dtype: Dtype of the parameters.
         """
-        return self.make(channels, device=device, dtype=dtype)
+        return self.module(channels, device=device, dtype=dtype)
 
 
 def _reduced(layer: Callable[..., nn.Module], ratio: int, least: int = 1, **kwargs) -> Callable[..., nn.Module]:
-    """Returns a `make` for a layer of timm: with channels // ratio hidden channels, but at least `least`."""
-    def make(channels: int, **dd) -> nn.Module:
+    """Returns a layer of timm with channels // ratio hidden channels, but at least `least`, as a `module` of a row."""
+    def module(channels: int, **dd) -> nn.Module:
         return layer(channels, rd_channels=max(least, channels // ratio), **kwargs, **dd)
 
-    return make
+    return module
 
 
 ELA = Paper(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from .tracing import is_fixed_export, is_on_cpu, is_onnx_export, is_recorded, is_traced, is_transformed
+from .tracing import is_fixed_size_export, is_in_transform, is_onnx_export, is_tracing, needs_backward, runs_on_cpu
 
 VARIANTS: dict[str, dict[str, int]] = {
     't': dict(kernel_size=5, group_size=1, num_groups=32),
@@ -34,7 +34,8 @@ class EfficientLocalAttention(nn.Module):
 
     With `inplace=True` the output overwrites the input, as in timm's activations, and a kept reference to the input
     then shows the output. This happens only in eval and eager mode, without gradients, without hooks or a replaced
-    `forward`, and if the input is no view. Inference mode does not reveal a view of a whole tensor.
+    `forward`, and if the input is no view. Tensors of inference mode do not know that they are views: there, a view of
+    a whole tensor is overwritten too, and one of a part of it is not.
 
     Source: `ELA: Efficient Local Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2403.01123
     """
@@ -93,15 +94,16 @@ class EfficientLocalAttention(nn.Module):
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the two gates of x: a_h (N, C, H) and a_w (N, C, W), values in (0, 1), in x's dtype."""
-        return open_gates(x, *(self.gn(self.conv(z)) for z in strips(x)))
+        return sigmoid_gates(x, *(self.gn(self.conv(z)) for z in strips(x)))
 
     @torch.jit.unused
     def _may_write_into(self, x: Tensor) -> bool:
         hooks = self._forward_pre_hooks or self._forward_hooks or _global_forward_pre_hooks or _global_forward_hooks
-        # torch.fx passes a Proxy, and its graph may return x; in inference mode, only the storage's size shows a view.
-        # is_traced() is before vars(), which PyTorch 2.5 cannot compile
+        # torch.fx passes a Proxy, and its graph may return x. In inference mode, only the storage's size tells a view.
+        # is_tracing() comes before vars(), which PyTorch 2.5 cannot compile.
         return (
-            self.inplace and not (self.training or is_traced() or hooks or 'forward' in vars(self) or is_transformed())
+            self.inplace and not (self.training or is_tracing() or is_in_transform())
+            and not (hooks or 'forward' in vars(self))
             and isinstance(x, Tensor) and not (x.requires_grad or x._is_view())
             and x.untyped_storage().nbytes() == x.numel() * x.element_size())
 
@@ -126,7 +128,7 @@ class StripNorm(nn.GroupNorm):
 
     def forward(self, z: Tensor) -> Tensor:
         if torch.jit.is_scripting() or is_onnx_export() or not (
-                is_fixed_export(z) and z.shape[1] * z.shape[2] > self.num_groups):
+                is_fixed_size_export(z) and z.shape[1] * z.shape[2] > self.num_groups):
             return F.group_norm(z, self.num_groups, self.weight, self.bias, self.eps)
         else:
             # XNNPACK has no group_norm, and a mean over dimensions 2 and 3 only; OpenVINO turns this into one operator
@@ -144,16 +146,16 @@ def strips(x: Tensor) -> tuple[Tensor, Tensor]:
     if torch.jit.is_scripting():
         return x.mean(3), x.mean(2)
     else:
-        return (_Mean.apply(x, 3), _Mean.apply(x, 2)) if is_recorded([x]) else (_reduce(x, 3), _reduce(x, 2))
+        return (_Mean.apply(x, 3), _Mean.apply(x, 2)) if needs_backward([x]) else (_reduce(x, 3), _reduce(x, 2))
 
 
 @torch.fx.wrap
 def strip_conv(z: Tensor, weight: Tensor) -> Tensor:
     """conv1d of z (N, C, L) with weight (C, C / groups, K), padded to the same length."""
     # conv2d, since conv1d does not use oneDNN for short strips, and inductor does not vectorize the product after it
-    if torch.jit.is_scripting() or not (is_recorded([z, weight]) and weight.shape[1] == 1 and is_on_cpu(z)):
+    if torch.jit.is_scripting() or not (needs_backward([z, weight]) and weight.shape[1] == 1 and runs_on_cpu(z)):
         (n, c, length), half, groups = z.shape, weight.shape[2] // 2, weight.shape[0] // weight.shape[1]
-        if not torch.jit.is_scripting() and not is_traced():
+        if not torch.jit.is_scripting() and not is_tracing():
             if c != weight.shape[0]:
                 raise ValueError(f'ELA has {weight.shape[0]} channels, got a map of {c}.')
             if length <= half:
@@ -161,12 +163,12 @@ def strip_conv(z: Tensor, weight: Tensor) -> Tensor:
                 weight, half = weight[..., half + 1 - length:half + length], length - 1
         z = F.conv2d(z.view(n, c, 1, length), weight.unsqueeze(2), None, padding=[0, half], groups=groups)
         # XNNPACK has no squeeze; with dynamic sizes, a view would restrict them
-        return z.view(n, c, length) if not torch.jit.is_scripting() and is_fixed_export(z) else z.squeeze(2)
+        return z.view(n, c, length) if not torch.jit.is_scripting() and is_fixed_size_export(z) else z.squeeze(2)
     else:
         return _DepthwiseConv.apply(z, weight)
 
 
-def open_gates(x: Tensor, logits_h: Tensor, logits_w: Tensor) -> tuple[Tensor, Tensor]:
+def sigmoid_gates(x: Tensor, logits_h: Tensor, logits_w: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the gates in x's dtype: CUDA autocast's GroupNorm returns float32, which would promote the whole map."""
     return logits_h.sigmoid().to(x.dtype), logits_w.sigmoid().to(x.dtype)
 
@@ -174,20 +176,20 @@ def open_gates(x: Tensor, logits_h: Tensor, logits_w: Tensor) -> tuple[Tensor, T
 @torch.fx.wrap
 def gate(x: Tensor, logits_h: Tensor, logits_w: Tensor, inplace: bool = False) -> Tensor:
     """Returns x (N, C, H, W) times the sigmoids of logits_h (N, C, H) and logits_w (N, C, W)."""
-    if torch.jit.is_scripting() or is_traced() or is_transformed():
+    if torch.jit.is_scripting() or is_tracing() or is_in_transform():
         n, c, h, w = x.shape
-        a_h, a_w = open_gates(x, logits_h.view(n, c, h, 1), logits_w.view(n, c, 1, w))
+        a_h, a_w = sigmoid_gates(x, logits_h.view(n, c, h, 1), logits_w.view(n, c, 1, w))
         # onnxruntime multiplies slowly by a gate, ExecuTorch by a product of gates
         return x * (a_h * a_w) if not torch.jit.is_scripting() and is_onnx_export() else x * a_h * a_w
-    elif is_recorded([x, logits_h, logits_w]):
+    elif needs_backward([x, logits_h, logits_w]):
         return _Gate.apply(x, logits_h, logits_w)
     else:
-        return _gated(x, logits_h, logits_w, inplace)
+        return _multiply(x, logits_h, logits_w, inplace)
 
 
 def _is_nhwc(x: Tensor) -> bool:
     """True for a map in channels_last on a CPU, where operations that mix memory formats are slow."""
-    return x.stride(1) == 1 and is_on_cpu(x)
+    return x.stride(1) == 1 and runs_on_cpu(x)
 
 
 def _to_nhwc(strip: Tensor) -> Tensor:
@@ -197,18 +199,18 @@ def _to_nhwc(strip: Tensor) -> Tensor:
 
 def _reduce(x: Tensor, dim: int, mean: bool = True) -> Tensor:
     """Returns the mean, or the sum, of x (N, C, H, W) over its height (dim 2) or its width (dim 3)."""
-    if not (_is_nhwc(x) or is_fixed_export(x)):
+    if not (_is_nhwc(x) or is_fixed_size_export(x)):
         return x.mean(dim) if mean else x.sum(dim)
     # in NHWC, pooling is far faster than a reduction over one axis; in an export, XNNPACK takes pooling only
     size = (x.shape[2], 1) if dim == 2 else (1, x.shape[3])
     return F.avg_pool2d(x, size, divisor_override=None if mean else 1).flatten(2)
 
 
-def _gated(x: Tensor, logits_h: Tensor, logits_w: Tensor, inplace: bool = False) -> Tensor:
+def _multiply(x: Tensor, logits_h: Tensor, logits_w: Tensor, inplace: bool = False) -> Tensor:
     """Computes `gate`, with at most one allocation of x's size if no graph is recorded."""
     if _is_nhwc(x):
         logits_h, logits_w = _to_nhwc(logits_h), _to_nhwc(logits_w)
-    a_h, a_w = open_gates(x, logits_h, logits_w)
+    a_h, a_w = sigmoid_gates(x, logits_h, logits_w)
     y = x.mul_(a_h.unsqueeze(3)) if inplace else x * a_h.unsqueeze(3)
     return y * a_w.unsqueeze(2) if y.requires_grad else y.mul_(a_w.unsqueeze(2))
 
@@ -234,12 +236,12 @@ class _Gate(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, logits_h: Tensor, logits_w: Tensor) -> Tensor:
         ctx.save_for_backward(x, logits_h, logits_w)
-        return _gated(x, logits_h, logits_w)
+        return _multiply(x, logits_h, logits_w)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, logits_h, logits_w = ctx.saved_tensors
-        grad_x = _gated(grad, logits_h, logits_w)
+        grad_x = _multiply(grad, logits_h, logits_w)
         # the derivative of the sigmoid a is a (1 - a), and grad_x already has the factor a: both strips share a product
         product = grad_x * x
         sum_h, sum_w = _reduce(product, 3, mean=False), _reduce(product, 2, mean=False)

@@ -22,7 +22,7 @@ from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .tracing import is_on_cpu, is_traced, is_transformed
+from .tracing import is_in_transform, is_tracing, runs_on_cpu
 
 # one node in a traced graph, so that the choice between the computations is made when the graph runs
 torch.fx.wrap('elsa')
@@ -70,7 +70,7 @@ def local_attention(v: Tensor, attn: Tensor, mul: Tensor | None, kernel_size: in
 def _recomputed(function: Callable[..., Tensor], *args) -> Tensor:
     """Calls the function. In eager mode with gradients, it keeps the arguments only, and calls it again in backward."""
     # traces, torch.func and forward-mode derivatives need the operations themselves
-    if not torch.is_grad_enabled() or is_traced() or is_transformed():
+    if not torch.is_grad_enabled() or is_tracing() or is_in_transform():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
@@ -103,30 +103,36 @@ def banded_attention(v: Tensor, attn: Tensor, kernel_size: int, dilation: int = 
     batch, height, width, channels = v.shape
     heads, reach = attn.shape[3], kernel_size // 2
     side = tile + 2 * reach
-    # a position sees only those at multiples of the dilation: the map splits into maps that do not see each other
+    # A position sees only those at multiples of the dilation: the map splits into maps that do not see each other. The
+    # M maps of the batch are cut into rows x cols tiles.
     rows, cols = -(-height // (tile * dilation)), -(-width // (tile * dilation))
     margin = (0, 0, 0, cols * tile * dilation - width, 0, rows * tile * dilation - height)
     apart = (batch, rows * tile, dilation, cols * tile, dilation, -1)
-    v = F.pad(v, margin).reshape(apart).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-    attn = F.pad(attn.flatten(3), margin).reshape(apart).permute(0, 2, 4, 1, 3, 5)
+    v = F.pad(v, margin).reshape(apart).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # (M, rows * tile, cols * tile, C)
+    attn = F.pad(attn.flatten(3), margin).reshape(apart).permute(0, 2, 4, 1, 3, 5)  # (N, dilation, dilation, ...)
 
     keys = F.pad(v, (0, 0, reach, reach, reach, reach)).unfold(1, side, tile).unfold(2, side, tile)
-    keys = keys.unflatten(3, (heads, -1)).permute(0, 1, 2, 3, 5, 6, 4).reshape(-1, side * side, channels // heads)
-    band = attn.reshape(-1, rows, tile, cols, tile, heads, kernel_size, kernel_size).permute(0, 1, 3, 5, 2, 6, 4, 7)
-    band = _skew(band.unsqueeze(-1), side).squeeze(-1)  # (..., tile, kernel_size, tile, side)
+    keys = keys.unflatten(3, (heads, -1)).permute(0, 1, 2, 3, 5, 6, 4)  # (M, rows, cols, G, side, side, C / G)
+    keys = keys.reshape(-1, side * side, channels // heads)
+    band = attn.reshape(-1, rows, tile, cols, tile, heads, kernel_size, kernel_size)
+    band = band.permute(0, 1, 3, 5, 2, 6, 4, 7)  # (M, rows, cols, G, tile, kernel_size, tile, kernel_size)
+    band = _skew(band.unsqueeze(-1), side).squeeze(-1)  # (M, rows, cols, G, tile, kernel_size, tile, side)
+    # from here on, the queries of a tile follow one another column by column
     band = _skew(band.movedim(-2, -4), side).reshape(-1, tile * tile, side * side)
     out = torch.bmm(band, keys).reshape(-1, rows, cols, heads, tile, tile, channels // heads)
-    out = out.permute(0, 1, 5, 2, 4, 3, 6).reshape(batch, dilation, dilation, rows * tile, cols * tile, channels)
-    out = out.permute(0, 3, 1, 4, 2, 5).reshape(batch, rows * tile * dilation, cols * tile * dilation, channels)
+    out = out.permute(0, 1, 5, 2, 4, 3, 6)  # (M, rows, tile, cols, tile, G, C / G)
+    out = out.reshape(batch, dilation, dilation, rows * tile, cols * tile, channels)
+    out = out.permute(0, 3, 1, 4, 2, 5)  # (N, rows * tile, dilation, cols * tile, dilation, C)
+    out = out.reshape(batch, rows * tile * dilation, cols * tile * dilation, channels)
     return out[:, :height, :width]
 
 
 def _banded_by_images(v: Tensor, attn: Tensor, kernel_size: int, dilation: int) -> Tensor:
     """Computes `banded_attention` of some images at a time, so that only their matrices are in memory."""
-    if is_traced() or is_transformed():
+    if is_tracing() or is_in_transform():
         return banded_attention(v, attn, kernel_size, dilation)
     # on a CPU, the matrices of one image stay in its caches
-    step = 1 if is_on_cpu(v) else 32
+    step = 1 if runs_on_cpu(v) else 32
     return torch.cat([
         _recomputed(banded_attention, *images, kernel_size, dilation)
         for images in zip(v.split(step), attn.split(step), strict=True)])

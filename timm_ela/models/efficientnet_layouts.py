@@ -36,13 +36,13 @@ def rename_state_dict(weights: dict[str, Tensor], model: nn.Module) -> dict[str,
     if not any(stem in weights for stem in _STEMS):
         return weights
     arch = model.pretrained_cfg['architecture']
-    theirs, own = _modules(weights), _modules(model.state_dict())
-    names = [*own, *(end for end in _ENDS if end not in own)]
+    theirs, timms = _modules(weights), _modules(model.state_dict())
+    names = [*timms, *(end for end in _ENDS if end not in timms)]
     plain = [name for name in names if '.se.' not in f'{name}.']
     expected = plain if len(theirs) <= len(plain) else names
     places = dict(zip_longest(theirs, expected[:len(theirs)], fillvalue=''))
     for module, name in places.items():
-        if not name or own.get(name, theirs[module]) != theirs[module]:
+        if not name or timms.get(name, theirs[module]) != theirs[module]:
             keys = [k for k in weights if not k.endswith('num_batches_tracked')]
             reason = 'its names are sorted, as in a safetensors file, load the original' if keys == sorted(keys) else \
                 'it is of another architecture, or not in the original order'
@@ -52,4 +52,8 @@ def rename_state_dict(weights: dict[str, Tensor], model: nn.Module) -> dict[str,
     # all weights in EfficientNet-PyTorch's layout were trained in TensorFlow, or with its padding
     if '_conv_stem.weight' in weights and not isinstance(model.conv_stem, Conv2dSame):
         raise RuntimeError(f'The checkpoint needs TensorFlow\'s padding, which {arch} does not have: tf_{arch} has it.')
-    return {f'{places[module]}.{name}': v for k, v in weights.items() for module, _, name in [k.rpartition('.')]}
+    renamed = {}
+    for k, v in weights.items():
+        module, _, name = k.rpartition('.')
+        renamed[f'{places[module]}.{name}'] = v
+    return renamed

@@ -31,13 +31,13 @@ class Family(NamedTuple):
     """What models that are built in the same way share.
 
     Attributes:
-        create: create(model, pretrained, **kwargs) builds a model. timm looks for `default_cfgs` in its module.
-        complete: Grafts weights, or checks them.
+        build: build(model, pretrained, **kwargs) makes a model. timm looks for `default_cfgs` in its module.
+        graft_or_check: Grafts a plain model's weights, and checks others.
         rename: Gives weights of other layouts timm's names.
     """
 
-    create: Callable[..., nn.Module]
-    complete: Callable[[dict[str, Tensor], nn.Module, AttnLayer], dict[str, Tensor]]
+    build: Callable[..., nn.Module]
+    graft_or_check: Callable[[dict[str, Tensor], nn.Module, AttnLayer], dict[str, Tensor]]
     rename: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] = lambda weights, model: weights
 
 
@@ -55,7 +55,7 @@ class Model(NamedTuple):
 
     def checkpoint_filter_fn(self, state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
         """Renames the weights of a checkpoint, and grafts those of a plain model; see `graft`."""
-        return self.family.complete(self.rename_state_dict(state_dict, model), model, self.layer)
+        return self.family.graft_or_check(self.rename_state_dict(state_dict, model), model, self.layer)
 
 
 class Counts(NamedTuple):
@@ -103,7 +103,7 @@ def register_models(models: Sequence[Model]) -> dict[str, Callable[..., nn.Modul
     """Registers models with timm.
 
     Returns:
-        The entry points by name, to be put into the module of the family's `create`.
+        The entry points by name, to be put into the module of the family's `build`.
     """
     entrypoints = {model.name: register_model(_entrypoint(model)) for model in models}
     MODELS.update({model.name: model for model in models})
@@ -117,11 +117,11 @@ def _entrypoint(model: Model) -> Callable[..., nn.Module]:
                 model.name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
             if not (cfg.has_weights or cfg.state_dict):
                 raise RuntimeError(f'There are no pretrained weights for {model.name}: {model.layer.no_weights}')
-        return model.family.create(model, pretrained, **kwargs)
+        return model.family.build(model, pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = model.name
     entrypoint.__doc__ = f'{model.base} with {model.layer.title} - {model.layer.paper.url}'
-    entrypoint.__module__ = model.family.create.__module__
+    entrypoint.__module__ = model.family.build.__module__
     return entrypoint
 
 
