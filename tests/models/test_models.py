@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from helpers import assert_every_gradient, attentions, in_onnxruntime, on_cpu, run_python, skeleton, slot_blocks
+from helpers import assert_every_gradient, attentions, in_onnxruntime, on_cpu, skeleton, slot_blocks
 from timm.models import group_parameters, model_entrypoint
 
 from timm_ela import EfficientLocalAttention
@@ -49,17 +49,13 @@ def test_entry_points_look_like_those_of_timm():
         assert inspect.signature(entrypoint).parameters['pretrained'].default is False
 
 
-def test_timms_name_of_width_1_leads_to_ours():
-    done = run_python('''if True:
-        import warnings
-        warnings.simplefilter('always', UserWarning)
-        import timm
-        for name in ('mobilenetv2_100_ela_b', 'mobilenetv2_100_gc'):
-            cfg = timm.create_model(name, device='meta').pretrained_cfg
-            print(cfg['architecture'], cfg['tag'], name in timm.list_models())
-    ''')
-    assert done.stdout == 'mobilenetv2_ela_b graft_ra_in1k False\nmobilenetv2_gc graft_ra_in1k False\n'
-    assert not done.stderr  # timm would say that the name is deprecated
+@pytest.mark.parametrize('layer', ['ela_b', 'gc'])
+def test_timms_name_of_width_1_leads_to_ours(layer):
+    name = f'mobilenetv2_100_{layer}'
+    with pytest.warns(UserWarning, match=f'Mapping deprecated model name {name} to current mobilenetv2_{layer}'):
+        cfg = timm.create_model(name, device='meta').pretrained_cfg
+    assert (cfg['architecture'], cfg['tag']) == (f'mobilenetv2_{layer}', 'graft_ra_in1k')
+    assert name not in timm.list_models()
 
 
 @pytest.mark.parametrize('layer', ['ca', 'se', 'gc', 'sp'])

@@ -1,6 +1,5 @@
 """The table of our models, one row each, and their registration with timm."""
 import csv
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -126,17 +125,17 @@ def _entrypoint(model: Model) -> Callable[..., nn.Module]:
 
 
 def register_base_names(module: str, models: Iterable[Model]) -> None:
-    """Registers `<timm base>_<layer>` as another name of each model that has a shorter name. timm does not list it.
+    """Registers `<timm base>_<layer>` as another name of each model that has a shorter name.
+
+    timm does not list it, and warns that it is deprecated when a model is made by it.
 
     Args:
         module: `__name__` of the family's module.
         models: Rows of the family.
     """
     names = {f'{model.base}_{model.layer.suffix}': model.name for model in models}
-    names = {k: v for k, v in names.items() if k != v}
-    # deprecated names are the only ones that timm does not list; ours are not deprecated, so they must not warn
-    register_model_deprecations(module, names)
-    warnings.filterwarnings('ignore', f'Mapping deprecated model name ({"|".join(names)}) to current ')
+    # deprecated names are the only ones that timm does not list
+    register_model_deprecations(module, {other: name for other, name in names.items() if other != name})
 
 
 @cache
