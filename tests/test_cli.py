@@ -3,17 +3,17 @@ import json
 import os
 import pickle
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from io import BytesIO, TextIOWrapper
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from helpers import run
 from safetensors.torch import load, save
 
-import timm_ela
 from timm_ela import cli
 from timm_ela.hub import publish, push
 from timm_ela.layers.attn_layers import ATTN_LAYERS
@@ -21,7 +21,6 @@ from timm_ela.models.registry import MODELS, read_counts
 
 COMMANDS = ('list', 'run', 'convert', 'export', 'push', 'plot')
 MODEL, PLAIN = 'mobilenetv2_050_ela_t', 'mobilenetv2_050'  # the smallest
-MODULE = (sys.executable, '-m', 'timm_ela')
 
 
 @pytest.fixture
@@ -40,18 +39,25 @@ def fails(capsys) -> Callable[..., str]:
 
 
 # list
-@pytest.mark.parametrize('pattern, count', [('mobilenetv2_050_ela_*', 4), ('*18_ela_*', 4), ('resnet18_ca', 1)])
-def test_list_tells_the_names_that_the_filter_finds_with_their_counts_and_tags(capsys, pattern, count):
+@pytest.mark.parametrize('pattern, names', [
+    ('mobilenetv2_050_ela_*', 'mobilenetv2_050_ela_*'),
+    ('*18_ela_*', '*18_ela_*'),
+    ('resnet18_ca', 'resnet18_ca'),
+    # a model with its tag, as create_model takes it
+    ('resnet50_ela_b.graft_a1_in1k', 'resnet50_ela_b.graft_a1_in1k'),
+    # timm's name of MobileNetV2 at width 1
+    ('mobilenetv2_100_ela_b', 'mobilenetv2_ela_b'),
+    ('mobilenetv2_100_ela_*.graft_ra_in1k', 'mobilenetv2_ela_*.graft_ra_in1k'),
+])
+def test_list_tells_the_names_that_the_filter_finds_with_their_counts_and_tags(capsys, pattern, names):
     cli.main(['list', pattern, '--json'])
     models = json.loads(capsys.readouterr().out)
-    assert {m['name'] for m in models} == set(timm.list_models(pattern)) and len(models) == count
+    assert {f'{m["name"]}.{tag}' for m in models for tag in m['tags']} == set(timm.list_pretrained(names))
     for m in models:
-        tags = [name.partition('.')[2] for name in timm.list_pretrained(f'{m["name"]}.*')]
-        counts = read_counts()[m['name']]
-        assert m == {
-            'name': m['name'], 'backbone': MODELS[m['name']].base, 'params': counts.params, 'macs': counts.macs,
-            'tags': m['tags']}
-        assert sorted(m['tags']) == sorted(tags) and m['tags'][0] == timm.get_pretrained_cfg(m['name']).tag
+        model, counts = MODELS[m['name']], read_counts()[m['name']]
+        assert m['backbone'] == model.base and (m['params'], m['macs']) == counts
+        default = timm.get_pretrained_cfg(m['name']).tag
+        assert default == m['tags'][0] or default not in m['tags']
 
 
 def test_list_is_a_table_below_each_paper_with_the_default_tag_or_all_tags(capsys):
@@ -69,8 +75,37 @@ def test_list_is_a_table_below_each_paper_with_the_default_tag_or_all_tags(capsy
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no signal of broken pipes')
-def test_a_pipe_that_ends_early_is_no_error_of_list():
-    assert run(['sh', '-c', f'{shlex.join(MODULE)} list --tags | true']).stderr == ''
+def test_a_pipe_that_ends_early_is_no_error_of_list(forks):
+    code = '''
+        import os, sys
+        from timm_ela.cli import main
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        main()
+        sys.stdout.flush()
+    '''
+    assert forks(code, 'list', '--tags', exit_code=-signal.SIGPIPE).stderr == ''
+
+
+# run: the models in any script, where PyTorch's hook is off
+@pytest.mark.parametrize('ending, exit_code, error', [
+    ('sys.exit(7)', 7, []), ('raise KeyError("its own")', 1, ["KeyError: 'its own'"])])
+def test_run_is_python_with_the_models_registered(forks, tmp_path, ending, exit_code, error):
+    script = tmp_path / 'script.py'
+    script.write_text(f'''
+import json, os, sys
+import timm
+from beside import HERE
+print(json.dumps([__name__, sys.argv, HERE, os.getcwd(), timm.is_model('resnet18_ela_t')]))
+{ending}''')
+    (tmp_path / 'beside.py').write_text('HERE = True')  # python would find it too
+    args = ['a folder', '--model', 'resnet18_ela_t', '--help', '--debug', '-h', '--', '--version']
+    code = 'import runpy; runpy.run_module("timm_ela", run_name="__main__", alter_sys=True)'
+    done = forks(code, 'run', script, *args, hook=False, exit_code=exit_code)
+    assert json.loads(done.stdout) == ['__main__', [str(script), *args], True, sys.prefix, True]
+    assert done.stderr.splitlines()[-1:] == error
+    assert not error or f'"{script}", line 6' in done.stderr
 
 
 # Help
@@ -90,14 +125,10 @@ def test_the_help_of_a_command_holds_one_example_and_it_parses(capsys, monkeypat
         assert '--help)' not in capsys.readouterr().err  # with which the parser's errors end
 
 
-def test_the_help_names_every_command(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(['--help'])
+def test_without_a_command_it_prints_its_help_which_names_every_command(capsys):
+    cli.main([])
     out = capsys.readouterr().out
-    assert all(f'\n    {command} ' in out for command in COMMANDS)
-    with pytest.raises(SystemExit):
-        cli.main(['--version'])
-    assert capsys.readouterr().out.strip() == timm_ela.__version__
+    assert out.startswith('usage: timm-ela') and all(f'\n    {command} ' in out for command in COMMANDS)
 
 
 # Bad input
@@ -113,72 +144,47 @@ def saved(value: object) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize('spoil, told', [
-    (None, 'model_best.pth.tar'),
-    (lambda data: data[:len(data) // 2], 'truncated'),
-    (lambda data: data[:10 ** 5] + bytes([data[10 ** 5] ^ 0xff]) + data[10 ** 5 + 1:], 'checksum'),
-    (lambda data: b'<!DOCTYPE html><html><body>404: not found</body></html>', 'no checkpoint'),
-    (lambda data: b'', 'no checkpoint'),
-    (lambda data: pickle.dumps(Code()), 'no checkpoint'),
-    (lambda data: saved({'state_dict': Code()}), 'code is never run'),
-    (lambda data: saved(timm.create_model(MODEL)), 'save the state_dict'),
-    (lambda data: saved([1]), 'holds a list'),
-], ids=['gone', 'truncated', 'corrupt', 'page', 'empty', 'raw code', 'code', 'module', 'list'])
-def test_a_checkpoint_that_cannot_be_read_is_named(fails, train_run, tmp_path, monkeypatch, spoil, told):
-    monkeypatch.chdir(tmp_path)
-    file = train_run / 'model_best.pth.tar'
-    data = file.read_bytes()
-    file.unlink()
-    if spoil:
-        file.write_bytes(spoil(data))
-    files = sorted(tmp_path.rglob('*'))
-    for command in (['export', 'run', 'out'], ['convert', 'run/model_best.pth.tar', '--model', MODEL, 'out']):
-        line = fails(*command)
-        assert told in line and 'model_best.pth.tar' in line and 'weights_only' not in line and len(line) < 400
-    assert sorted(tmp_path.rglob('*')) == files
+def weights(name: str) -> dict[str, torch.Tensor]:
+    return timm.create_model(name, num_classes=3).state_dict()
 
 
-@pytest.mark.parametrize('args, told', [
-    (None, 'There is no '),
-    ('model: [', 'args.yaml: while parsing'),
-    ('- 1', 'args.yaml: it names no model'),
-    (b'\xff\xfe\x81'.decode('latin1'), 'args.yaml'),
-    ('model: resnet18_ela_x', 'args.yaml: Unknown model (resnet18_ela_x)'),
-    ('model: mobilenetv2_050_ela_t.graft_x', 'graft_x'),
-    ('model: mobilenetv2_050_ela_b\nnum_classes: 3', 'not those of mobilenetv2_050_ela_b'),
-    ('model: mobilenetv2_050\nnum_classes: 3', 'has 48 unexpected weights'),
+ARGS, BEST, NAMES, PTH = 'run/args.yaml', 'run/model_best.pth.tar', 'names.txt', 'c.pth'
+EXPORT, CONVERT = 'export run new/out --class-names names.txt', f'convert c.pth --model {MODEL} out'
+
+
+@pytest.mark.parametrize('file, content, command, told', [
+    (BEST, lambda data: data[:len(data) // 2], EXPORT, BEST + ' is truncated, corrupt or no checkpoint: PytorchStream'),
+    (BEST, lambda data: data[:10 ** 5] + b'spoilt' + data[10 ** 5 + 6:], EXPORT, 'the checksum of'),
+    (BEST, lambda data: b'', EXPORT, BEST + ' is truncated, corrupt or no checkpoint'),
+    (PTH, lambda data: b'<!DOCTYPE html><html><body>404: not found</body></html>', CONVERT, 'c.pth is truncated, corr'),
+    (PTH, lambda data: pickle.dumps(Code()), CONVERT, 'c.pth is truncated, corrupt or no checkpoint'),
+    (PTH, lambda data: saved({'state_dict': Code()}), CONVERT, 'c.pth holds posix.mkdir, and code is never run'),
+    (PTH, lambda data: saved(timm.create_model(MODEL)), CONVERT, 'EfficientNet, and code is never run: save the state'),
+    (PTH, lambda data: saved([1]), CONVERT, 'c.pth holds a list, and no state dict'),
+    (PTH, lambda data: saved({'epoch': 3, 'net': weights(PLAIN)}), CONVERT, "c.pth holds 'epoch', 'net', and no state"),
+    (PTH, lambda data: saved({'state_dict': [1]}), CONVERT, "c.pth holds 'state_dict', and no state dict"),
+    (PTH, lambda data: saved({}), CONVERT, 'c.pth holds nothing, and no state dict'),
+    (PTH, lambda data: saved(weights(MODEL)), CONVERT, f'c.pth is a checkpoint of {MODEL} already'),
+    (PTH, lambda data: saved(weights('mobilenetv2_100')), CONVERT, 'it must be one of the plain model'),
+    (ARGS, lambda data: b'model: [', EXPORT, 'args.yaml: while parsing'),
+    (ARGS, lambda data: b'- 1', EXPORT, 'args.yaml: it names no model'),
+    (ARGS, lambda data: b'\xff\xfe\x81', EXPORT, "args.yaml: 'utf-8' codec"),
+    (ARGS, lambda data: b'model: resnet18_ela_x', EXPORT, 'args.yaml: Unknown model (resnet18_ela_x)'),
+    (ARGS, lambda data: data.replace(b'ela_t', b'ela_t.graft_x'), EXPORT, 'Invalid pretrained tag (graft_x)'),
+    (ARGS, lambda data: data.replace(b'ela_t', b'ela_b'), EXPORT, 'not those of mobilenetv2_050_ela_b'),
+    (ARGS, lambda data: data.replace(b'_ela_t', b''), EXPORT, 'has 48 unexpected weights'),
+    (NAMES, lambda data: data, EXPORT + ' --checkpoint no.pth.tar', 'no.pth.tar'),
+    (NAMES, lambda data: b'a\nb', EXPORT, 'names.txt holds 2 class names, the head has 3 outputs'),
+    (NAMES, lambda data: b'\xff', EXPORT, "names.txt: 'utf-8' codec"),
 ])
-def test_a_run_that_is_not_one_of_train_py_is_told_why(fails, train_run, tmp_path, args, told):
-    (train_run / 'args.yaml').unlink()
-    if args is not None:
-        (train_run / 'args.yaml').write_text(args, encoding='latin1')
-    assert told in fails('export', train_run, tmp_path / 'new' / 'out')
-    assert sorted(tmp_path.iterdir()) == [train_run]
-
-
-@pytest.mark.parametrize('name, change, model, told', [
-    (MODEL, lambda d: d, MODEL, "is a checkpoint of mobilenetv2_050_ela_t already"),
-    ('mobilenetv2_100', lambda d: d, MODEL, 'must be one of the plain model'),
-    (PLAIN, lambda d: {'epoch': 3, 'net': d}, MODEL, "holds 'epoch', 'net', and no state dict"),
-    (PLAIN, lambda d: {'state_dict': [1]}, MODEL, "holds 'state_dict', and no state dict"),
-    (PLAIN, lambda d: {1: 2}, MODEL, 'holds 1, and no state dict'),
-    (PLAIN, lambda d: {}, MODEL, 'no state dict'),
-    (PLAIN, lambda d: d, PLAIN, f"'{PLAIN}' is not a model of timm_ela"),
-    (PLAIN, lambda d: d, 'resnet18_ela_x', "'resnet18_ela_x' is not a model of timm_ela"),
-])
-def test_weights_that_cannot_be_grafted_are_told_why(fails, tmp_path, name, change, model, told):
-    torch.save(change(timm.create_model(name, num_classes=3).state_dict()), tmp_path / 'c.pth')
-    assert told in fails('convert', tmp_path / 'c.pth', '--model', model, tmp_path / 'out')
-    assert [path.name for path in tmp_path.iterdir()] == ['c.pth']
-
-
-@pytest.mark.parametrize('names, told', [
-    ('a\nb', 'holds 2 class names, the head has 3 outputs'), ('\xff', 'utf-8'), (None, 'names.txt')])
-def test_class_names_must_be_as_many_as_the_heads_outputs(fails, train_run, tmp_path, names, told):
-    if names is not None:
-        (tmp_path / 'names.txt').write_text(names, encoding='latin1')
-    line = fails('export', train_run, tmp_path / 'out', '--class-names', tmp_path / 'names.txt')
-    assert told in line and 'names.txt' in line and not (tmp_path / 'out').exists()
+def test_bad_input_is_told_and_nothing_is_written(fails, train_run, monkeypatch, file, content, command, told):
+    monkeypatch.chdir(train_run.parent)
+    Path(NAMES).write_text('a\nb\nc')
+    Path(file).write_bytes(content(Path(file).read_bytes() if file != PTH else b''))
+    files = sorted(Path().rglob('*'))
+    line = fails(*command.split())
+    assert told in line and 'weights_only' not in line and len(line) < 400
+    assert sorted(Path().rglob('*')) == files
 
 
 @pytest.fixture
@@ -196,12 +202,9 @@ def test_what_cannot_be_pushed_is_told_before_the_hub_is_asked(fails, tmp_path, 
 
 
 @pytest.mark.parametrize('file, change, told', [
-    ('model.safetensors', lambda data: b'', 'model.safetensors is truncated'),
     ('model.safetensors', lambda data: data[:-1], 'model.safetensors is truncated'),
     ('model.safetensors', lambda data: save({k: v * torch.nan for k, v in load(data).items()}), 'holds NaN'),
-    ('config.json', lambda data: b'{', 'timm cannot load'),
     ('config.json', lambda data: b'{}', 'timm cannot load'),
-    ('config.json', lambda data: data.replace(b'ela_t', b'ela_x'), 'ela_x'),
     ('config.json', lambda data: data.replace(b'ela_t', b'ela_b'), "'blocks.1.0.se.conv.weight' is"),
     ('config.json', lambda data: data.replace(b'"num_classes": 3', b'"num_classes": 4'), 'classifier.weight'),
     ('config.json', lambda data: data.replace(b'050_ela_t', b'050'), 'Unexpected key'),
@@ -228,6 +231,8 @@ def test_options_of_an_export_are_refused_for_a_folder_that_is_exported(fails, t
     (['list', 'vgg'], 'use a wildcard'), (['push', 'nothere', 'me/x'], 'There is no folder nothere'),
     (['run', 'no.py', '-x'], 'no.py'), (['plot', 'no.png', '--model', 'x'], 'no.png'),
     (['export', 'nothere', 'out'], 'There is no nothere/args.yaml'),
+    (['convert', 'no.pth', '--model', PLAIN, 'out'], f"'{PLAIN}' is not a model of timm_ela"),
+    (['convert', 'no.pth', '--model', MODEL, 'out'], 'no.pth'),
     (['plot', 'no.png', '--model', 'x', '--channel', '1', '--mean'], 'not allowed with'),
 ], ids=' '.join)
 def test_a_line_that_is_not_understood_is_told_why(fails, words, told):
@@ -263,8 +268,3 @@ def test_a_name_that_cannot_be_printed_is_no_error(train_run, tmp_path, monkeypa
     sys.stdout.flush()
     assert sys.stdout.buffer.getvalue().startswith(b'Wrote ')
     assert (tmp_path / 'out-\udce9-日本' / 'config.json').is_file()
-
-
-def test_without_a_command_it_prints_its_help(capsys):
-    cli.main([])
-    assert capsys.readouterr().out.startswith('usage: timm-ela')

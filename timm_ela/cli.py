@@ -7,6 +7,7 @@ import runpy
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 
@@ -17,17 +18,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _list(args: argparse.Namespace) -> None:
-    import timm
-    from timm.models import get_arch_pretrained_cfgs
+    from fnmatch import fnmatch
 
-    from .layers.attn_layers import ATTN_LAYERS
+    from timm.models import get_arch_pretrained_cfgs, get_deprecated_models, list_models, split_model_name_tag
+
     from .models.registry import MODELS, read_counts
 
-    found = set(timm.list_models(args.filter))
+    arch, tag = split_model_name_tag(args.filter, '*')
+    # other names of the models, such as mobilenetv2_100_ela_b, are deprecated names to timm
+    others = [
+        f'{name}.{tag}' for other, name in get_deprecated_models().items() if name in MODELS and fnmatch(other, arch)]
+    found = set(list_models([args.filter, *others], include_tags=True))
     rows = []
     for model in MODELS.values():
-        if model.name in found:
-            cfgs = get_arch_pretrained_cfgs(model.name).values()
+        cfgs = [cfg for name, cfg in get_arch_pretrained_cfgs(model.name).items() if name in found]
+        if cfgs:
             rows.append(dict(
                 name=model.name,
                 backbone=model.base,
@@ -41,17 +46,15 @@ def _list(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows, indent=2))
         return
-    layers = dict.fromkeys([*ATTN_LAYERS.values(), *(model.layer for model in MODELS.values())])
     width = max(len(row['name']) for row in rows)
-    for layer in layers:
-        of_layer = [row for row in rows if MODELS[row['name']].layer == layer]
-        if of_layer:
-            print(f'{layer.title} - {layer.paper.url}')
-        for row in of_layer:
-            tags = row['tags'] if args.tags else row['tags'][:1]
-            more = f' (+{len(row["tags"]) - 1})' if len(row['tags']) > len(tags) else ''
-            counts = f'{row["params"] / 1e6:8.3f} M params  {row["macs"] / 1e9:7.3f} G multiply-adds'
-            print(f'  {row["name"]:{width}}  {counts}  {" ".join(tags)}{more}'.rstrip())
+    for layer in dict.fromkeys(MODELS[row['name']].layer for row in rows):
+        print(f'{layer.title} - {layer.paper.url}')
+        for row in rows:
+            if MODELS[row['name']].layer == layer:
+                tags = row['tags'] if args.tags else row['tags'][:1]
+                more = f' (+{len(row["tags"]) - 1})' if len(row['tags']) > len(tags) else ''
+                counts = f'{row["params"] / 1e6:8.3f} M params  {row["macs"] / 1e9:7.3f} G multiply-adds'
+                print(f'  {row["name"]:{width}}  {counts}  {" ".join(tags)}{more}'.rstrip())
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -64,42 +67,39 @@ def _run(args: argparse.Namespace) -> None:
     runpy.run_path(args.script, run_name='__main__')
 
 
+def _given_options(args: argparse.Namespace) -> dict[str, Any]:
+    names = ('tag', 'dataset', 'ema', 'class_names', 'license', 'checkpoint')
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
 def _convert(args: argparse.Namespace) -> None:
     from .hub.cards import train_command
     from .hub.publish import convert_checkpoint
 
-    out_dir = convert_checkpoint(
-        args.source, args.model, args.out_dir, tag=args.tag, ema=args.ema, class_names=args.class_names,
-        license=args.license, force=args.force)
+    out_dir = convert_checkpoint(args.source, args.model, args.out_dir, force=args.force, **_given_options(args))
     config = json.loads((out_dir / 'config.json').read_text())
     command = train_command(f'local-dir:{out_dir}', config['num_classes'], config['model_args']['in_chans'])
     print(f'Wrote {out_dir}. Train it with: {command}')
 
 
-def _export_options(args: argparse.Namespace) -> dict:
-    names = ('tag', 'dataset', 'ema', 'class_names', 'license', 'checkpoint')
-    return {name: getattr(args, name) for name in names}
-
-
 def _export(args: argparse.Namespace) -> None:
     from .hub.publish import export_run
 
-    out_dir = export_run(args.run_dir, args.out_dir, force=args.force, **_export_options(args))
+    out_dir = export_run(args.run_dir, args.out_dir, force=args.force, **_given_options(args))
     print(f'Wrote {out_dir}. Load it with: timm.create_model({f"local-dir:{out_dir}"!r}, pretrained=True)')
 
 
 def _push(args: argparse.Namespace) -> None:
     from .hub.push import is_run, push_folder, push_run
 
-    options = _export_options(args)
+    options = _given_options(args)
     if is_run(args.folder):
         print(push_run(args.folder, args.repo_id, private=args.private, **options))
-        return
-    defaults = _export_options(_parser().parse_args(['push', args.folder, args.repo_id]))
-    if given := [name for name, value in options.items() if value != defaults[name]]:
-        names = ', '.join('--no-ema' if name == 'ema' else f'--{name.replace("_", "-")}' for name in given)
+    elif options:
+        names = ', '.join('--no-ema' if name == 'ema' else f'--{name.replace("_", "-")}' for name in options)
         raise ValueError(f'{args.folder} is not a train.py run, so {names} cannot be set: use them with export.')
-    print(push_folder(args.folder, args.repo_id, private=args.private))
+    else:
+        print(push_folder(args.folder, args.repo_id, private=args.private))
 
 
 def _plot(args: argparse.Namespace) -> None:
@@ -118,18 +118,20 @@ def _parser() -> argparse.ArgumentParser:
     # --debug is an option of each command, so that a user can add it at the end of a line that failed
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--debug', action='store_true', help='show the traceback of an error')
-    weights = argparse.ArgumentParser(add_help=False)
+    # An option that is not given is not set: export_run and convert_checkpoint have the defaults.
+    weights = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     weights.add_argument(
         '--tag', help='tag of the weights, as in MODEL.TAG (default: the dataset; convert: custom or graft_custom)')
     weights.add_argument(
         '--no-ema', dest='ema', action='store_false', help='take the raw weights, not their moving average')
     weights.add_argument('--class-names', metavar='FILE', help='text file with one class name per line')
     weights.add_argument('--license', help='licence of the weights, such as apache-2.0, for the model card')
-    run = argparse.ArgumentParser(add_help=False)
-    run.add_argument('--checkpoint', metavar='NAME', default='model_best.pth.tar',
-                     help='file name of the checkpoint in the run (default: %(default)s)')
-    run.add_argument('--dataset', metavar='NAME',
-                     help='name of the dataset in the card (default: that of the run, or its data folder)')
+    run = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    run.add_argument(
+        '--checkpoint', metavar='NAME', help='file name of the checkpoint in the run (default: model_best.pth.tar)')
+    run.add_argument(
+        '--dataset', metavar='NAME',
+        help='name of the dataset in the card (default: that of the run, or its data folder)')
     commands: argparse._SubParsersAction = parser.add_subparsers(dest='command', metavar='COMMAND')
 
     def command(function, name: str, help: str, example: str, *parents) -> argparse.ArgumentParser:
@@ -140,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command(_list, 'list', 'list the models', '"resnet50*" --tags')
-    sub.add_argument('filter', nargs='?', default='', help='wildcard, as in timm.list_models')
+    sub.add_argument('filter', nargs='?', default='*', help='wildcard, as in timm.list_models')
     sub.add_argument('--tags', action='store_true', help='show all tags, not only the default')
     sub.add_argument('--json', action='store_true', help='print JSON')
 
@@ -222,18 +224,15 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors='backslashreplace')
     # Raise an exception on these signals, so that what is half-written is removed. nohup makes SIGHUP ignored, which
     # stays so; Windows has no SIGHUP.
-    signals = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if argv is None and hasattr(signal, name)]
-    signals = [number for number in signals if signal.getsignal(number) is signal.SIG_DFL]
-    for number in signals:
-        signal.signal(number, _interrupt)
+    for name in ('SIGTERM', 'SIGHUP'):
+        number = getattr(signal, name, None)
+        if argv is None and number and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _interrupt)
     if argv is None and args.command == 'list' and hasattr(signal, 'SIGPIPE'):
         # `timm-ela list | head` ends without an error
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        args.function(args)
-        for number in signals:
-            signal.signal(number, signal.SIG_DFL)
-        return
+        return args.function(args)
     except KeyboardInterrupt as error:
         if args.debug:
             raise
