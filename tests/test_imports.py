@@ -1,5 +1,6 @@
-"""Imports go one way: layers <- models <- hub <- cli."""
+"""Imports go one way: layers <- models <- hub <- cli. All are statements, which tools find that run nothing."""
 import ast
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,15 @@ def test_a_part_imports_only_what_comes_before_it(part):
     assert any(found.values())
     allowed = set(ORDER[:ORDER.index(part) + 1])
     assert {name: parts - allowed for name, parts in found.items() if parts - allowed} == {}
+
+
+@pytest.mark.parametrize('module, without', [
+    ('timm_ela', ('timm_ela.hub', 'timm_ela.cli', 'timm_ela.__main__')), ('timm_ela.__main__', ())])
+def test_a_tool_that_reads_imports_finds_all_modules(module, without):
+    """As PyInstaller does; hub is what the command line needs."""
+    modules = {'.'.join(file.relative_to(ROOT).with_suffix('').parts) for file in PACKAGE.rglob('*.py')}
+    modules = {name.removesuffix('.__init__') for name in modules}
+    finder = ModuleFinder([str(ROOT)])
+    finder.import_hook(module)
+    found = {name for name in finder.modules if name.partition('.')[0] == 'timm_ela'}
+    assert found == {name for name in modules if not name.startswith(without or ' ')}

@@ -5,34 +5,31 @@
 This file runs at the end of every `import torch` (see autoload.py), so it imports the standard library only. The public
 names load when they are first used.
 """
-import sys
-from importlib import import_module
 from typing import Any
 
 from .autoload import install
 
 __version__ = '0.3.0'
-
-# public name -> module that defines it
-_PUBLIC = {
-    'EfficientLocalAttention': 'layers.ela',
-    'VARIANTS': 'layers.ela',
-    'ATTN_LAYERS': 'layers.attn_layers',
-    'graft_state_dict': 'models.registry',
-    'plot_attention': 'plot',
-}
-__all__ = [*_PUBLIC, '__version__']
+__all__ = ['ATTN_LAYERS', 'EfficientLocalAttention', 'VARIANTS', '__version__', 'graft_state_dict', 'plot_attention']
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        # timm first, as in a thread that imports timm: in another order, two threads could wait for each other
-        import_module('timm.models')
-        return getattr(import_module(f'{__name__}.{_PUBLIC[name]}'), name)
-    # if autoload.py has dropped this package, it is imported again, without its loaded submodules as attributes
-    if module := sys.modules.get(f'{__name__}.{name}'):
-        return module
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    if name not in __all__:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    # timm first, as in a thread that imports timm: in another order, two threads could wait for each other
+    import timm.models  # noqa: F401
+
+    if name == 'ATTN_LAYERS':
+        from .layers.attn_layers import ATTN_LAYERS
+        return ATTN_LAYERS
+    if name == 'graft_state_dict':
+        from .models.registry import graft_state_dict
+        return graft_state_dict
+    if name == 'plot_attention':
+        from .plot import plot_attention
+        return plot_attention
+    from .layers import ela
+    return getattr(ela, name)
 
 
 def __dir__() -> list[str]:

@@ -3,22 +3,21 @@
 PyTorch (2.5 or newer) calls `install` at the end of `import torch` (entry point group `torch.backends` in
 pyproject.toml). This file uses the standard library only and never raises: an error would break `import torch` itself.
 """
-import importlib
+import logging
 import sys
-import warnings
-from _thread import allocate_lock, start_new_thread
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
 _TARGET = 'timm.models'
-_FAMILIES = ('attn_resnet', 'attn_efficientnet', 'elsa_swin', 'elsa_volo')
-# versions that passed `make compat`
-_KNOWN_TIMM = ('1.0.31',)
-_registering = allocate_lock()
+_registering = threading.Lock()
+_logger = logging.getLogger(__package__)
 
 
 def import_families(retry: bool = True) -> None:
-    """Imports the families, whose models register themselves with timm; one warning names the families that fail.
+    """Imports the families, whose models register themselves with timm; one logged warning names those that fail.
 
     Another call imports only the families that failed before. If timm was removed from sys.modules and imported again,
     it imports all of them again.
@@ -29,42 +28,50 @@ def import_families(retry: bool = True) -> None:
     # this thread, further up its stack, or another thread is registering already
     if not _registering.acquire(blocking=False):
         return
-    failed = []
+    failed: dict[str, Exception] = {}
     try:
-        # Compare a function of timm's registry, not timm.models: an interrupted import of timm.models removes that
-        # module, but leaves the registry and the models in it.
-        registry = sys.modules.get(f'{__package__}.models.registry')
-        registered_by = getattr(registry, 'register_model', None)
-        if registered_by not in (None, getattr(sys.modules.get(_TARGET), 'register_model', None)):
-            for name in list(sys.modules):
-                if name.startswith(f'{__package__}.') and name != __name__:
-                    del sys.modules[name]
-        for name in _FAMILIES:
-            module = f'{__package__}.models.{name}'
-            try:
-                importlib.import_module(module)
-            except Exception as error:
-                # a changed timm can raise anything, and the user's import of timm must go on
-                failed.append(f'{module} is not registered: {type(error).__name__}: {error}')
+        _forget_another_timm()
+        with _collect(failed, 'attn_resnet'):
+            from .models import attn_resnet  # noqa: F401
+        with _collect(failed, 'attn_efficientnet'):
+            from .models import attn_efficientnet  # noqa: F401
+        with _collect(failed, 'elsa_swin'):
+            from .models import elsa_swin  # noqa: F401
+        with _collect(failed, 'elsa_volo'):
+            from .models import elsa_volo  # noqa: F401
     finally:
         _registering.release()
-    if failed and retry and len(sys._current_frames()) > 1:
+    if failed and retry and threading.active_count() > 1:
         # Another thread may be importing a module of ours and waiting for timm, which this thread loads. A new thread
         # holds no import lock, so it can wait for both.
-        start_new_thread(import_families, (False,))
+        threading.Thread(target=import_families, args=(False,), daemon=True).start()
     elif failed:
+        told = '; '.join(dict.fromkeys(f'{type(error).__name__}: {error}'.rstrip('.') for error in failed.values()))
+        # a missing module of ours is the name of an ImportError
+        incomplete = any(str(getattr(error, 'name', '')).startswith(__package__) for error in failed.values())
         version = getattr(sys.modules.get('timm'), '__version__', 'unknown')
-        known = f'This is timm {version}; known to work: {", ".join(_KNOWN_TIMM)}.'
-        message = '. '.join([*(text.rstrip('.') for text in failed), known])
-        try:
-            warnings.warn(message, stacklevel=2)
-        except Warning:
-            # with python -W error, the warning would make the user's import of timm fail
-            print(message, file=sys.stderr)
-        ours = [module for name, module in list(sys.modules.items()) if name.partition('.')[0] == __package__]
-        if not any(getattr(getattr(module, '__spec__', None), '_initializing', False) for module in ours):
-            # `import timm_ela` then tries again
-            sys.modules.pop(__package__, None)
+        cause = f'The package {__package__} is incomplete' if incomplete else f'This is timm {version}'
+        # no Python warning: with python -W error, it would make the user's import of timm fail
+        _logger.warning(f'Not registered by {__package__}: {", ".join(failed)}. {told}. {cause}.')
+
+
+@contextmanager
+def _collect(failed: dict[str, Exception], family: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # a changed timm can raise anything, and the user's import of timm must go on
+        failed[family] = error
+
+
+def _forget_another_timm() -> None:
+    """Removes our modules from sys.modules if they registered the models with a timm that is no longer loaded."""
+    registry = sys.modules.get(f'{__package__}.models.registry')
+    registered_by = getattr(registry, 'register_model', None)
+    if registered_by not in (None, getattr(sys.modules.get(_TARGET), 'register_model', None)):
+        for name in list(sys.modules):
+            if name.startswith(f'{__package__}.') and name != __name__:
+                del sys.modules[name]
 
 
 class _RegisterAfterTimm(MetaPathFinder):
@@ -78,12 +85,10 @@ class _RegisterAfterTimm(MetaPathFinder):
             return None
         # Not importlib.util.find_spec: it would wait for a thread that imports timm, and up to Python 3.11 that thread
         # would wait for the import lock that this thread holds here.
-        finders = list(sys.meta_path)
-        for finder in finders[finders.index(self) + 1:] if self in finders else finders:
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1:]:
             spec = finder.find_spec(name, path, target) if hasattr(finder, 'find_spec') else None
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _LoadAndRegister(spec.loader)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _LoadAndRegister(spec.loader)
                 return spec
         return None
 
