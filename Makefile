@@ -1,4 +1,5 @@
-# Two commands, each complete on a fresh machine with Python >= 3.10 and pip: `make demo` and `make test`.
+# Two commands, each complete on a fresh machine with Python >= 3.10 and pip: `make demo` and `make test`. `make` alone
+# prints the lines that begin with two #.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,39 +9,60 @@ INSTALLED := $(VENV)/.installed
 ECOSYSTEM := .venv-ecosystem
 EDGE := .venv-edge
 
-.PHONY: demo test lint types ecosystem compat conformance cards study study-smoke study-gates bench
+# timm's scripts, which are in no package: in TIMM_SCRIPTS, or where `make demo` has cloned them
+CLONED := $(firstword $(shell ls -dt .cache/timm-scripts-* 2>/dev/null))
+ifneq ($(CLONED),)
+export TIMM_SCRIPTS ?= $(abspath $(CLONED))
+endif
 
+.PHONY: help demo test lint types ecosystem compat compat-lowest conformance cards study study-smoke study-gates bench
+
+help:
+	@sed -n 's/^## /make /p' Makefile
+
+## demo           install, and go from ImageNet weights to a trained, exported and drawn model: 2 minutes, 5 GB
 demo: $(DEMO)
 	$(BIN)/python tests/demo.py
 
+## test           install, lint, check types and run the tests: 6 minutes
 # The files run in the order of collection: xdist would start those with the fewest tests last, and some take minutes.
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(if $(TIMM_SCRIPTS),:,echo "To run the tests of timm's train.py and its kin too: make demo clones them (or set TIMM_SCRIPTS)")
 
+## lint           run ruff
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 
+## types          run mypy
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+## ecosystem      run the snippets of tests/ecosystem/README.md with the real libraries, in two environments
 # The snippets of tests/ecosystem/README.md, with the real libraries. The libraries for phones need an
 # environment of their own: they need other versions of what both depend on.
 ecosystem: $(ECOSYSTEM)/.installed $(EDGE)/.installed
 	$(ECOSYSTEM)/bin/python -m pytest -n 2 tests/ecosystem --ignore tests/ecosystem/test_deployment.py
 	$(EDGE)/bin/python -m pytest -n 2 tests/ecosystem/test_deployment.py
 
-# A part of the tests with the lowest and the highest versions that the metadata admits, each in its own environment.
+## compat         run a part of the tests with the lowest and the highest versions that the metadata admits
 compat:
 	$(PYTHON) tests/compat.py
 
-# timm's own test suite on all models: an hour on two cores, and up to 16 GB of memory. `make test` runs a part of it.
+## compat-lowest  run that part with the lowest versions alone, and keep the environment: 6 GB
+compat-lowest:
+	$(PYTHON) tests/compat.py --keep lowest
+
+## conformance    run timm's own test suite on all models: an hour
+# Up to 16 GB of memory. `make test` runs a part of it.
 conformance: $(INSTALLED)
 	$(BIN)/python tests/conformance.py -n 2
 
-# Writes counts.csv, the cards in weights_cards/, and the README's picture and table of models.
+## cards          write counts.csv, the cards in weights_cards/, and the README's picture and table of models
 cards: $(INSTALLED)
 	$(BIN)/python weights_cards/make_cards.py
 
+## study          train ELA and the other layers with timm's scripts: 2 hours
 # Trains ELA and the other layers with timm's scripts, about 2 hours on two cores. It skips finished runs, and those in
 # the table of STUDY='--done TABLE'. Variables: DATA, a folder with train/ and test/; TIMM_SCRIPTS, a folder with timm's
 # scripts alone; DEVICE (cpu or cuda); JOBS, runs at a time; STUDY, options of study.py.
@@ -52,15 +74,18 @@ RUN_STUDY = $(BIN)/python weights_cards/studies/study.py '$(DATA)' --scripts '$(
 study: $(INSTALLED)
 	$(RUN_STUDY) $(STUDY)
 
+## study-smoke    run the study on a few images
 study-smoke: $(INSTALLED)
 	$(RUN_STUDY) --output output/study-smoke \
 		--images 100 --epochs 2 --seeds 1 --img-size 64 --arms plain ela_b $(STUDY)
 
+## study-gates    measure how far the gates of the study's ELA models moved
 # Measures how far the gates of the study's ELA models moved, and what they add. RUNS: --output of the study.
 RUNS ?= output/study
 study-gates: $(INSTALLED)
 	$(BIN)/python weights_cards/studies/gates.py '$(DATA)' --runs '$(RUNS)'
 
+## bench          compare the speed of the models with that of the plain ones: 20 minutes
 # Compares the speed of the models with that of the plain ones: 20 minutes on two idle cores, and 2 more to compile each
 # model's training step. BENCH: options of bench_models.py.
 bench: $(INSTALLED)

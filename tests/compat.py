@@ -1,10 +1,11 @@
 """The lowest and the highest versions that pyproject.toml admits, each set in an environment of its own.
 
-    python tests/compat.py [NAME ...]    without a name: every row of VERSIONS
+    python tests/compat.py [--keep] [NAME ...]    without a name: every row of VERSIONS
 
-An environment lies in .venv-compat/ for as long as its tests run: it takes about 6 GB. A Python that is not installed
-here is a row that fails, with that reason.
+An environment, .venv-compat-NAME, takes about 6 GB. It lies there for as long as its tests run, or with --keep until
+pyproject.toml or its row changes. A Python that is not installed here is a row that fails, with that reason.
 """
+import argparse
 import shutil
 import subprocess
 import sys
@@ -29,31 +30,44 @@ print('Python', sys.version.split()[0], *(f'{m.__name__} {m.__version__}' for m 
 '''
 
 
-def check(name: str) -> bool:
-    """Installs one row's versions and runs the tests with them."""
+def install(name: str, env: Path) -> bool:
+    """Makes one row's environment, unless it is there already. Returns whether it is there."""
     python, requirements = VERSIONS[name]
-    env = ROOT / '.venv-compat' / name
+    made_from, stamp = '\n'.join([*requirements, (ROOT / 'pyproject.toml').read_text()]), env / 'made-from.txt'
+    if stamp.exists() and stamp.read_text() == made_from:
+        return True
     interpreter = shutil.which(f'python{python}')
     if not interpreter:
         print(f'{name}: there is no python{python} here')
         return False
     shutil.rmtree(env, ignore_errors=True)
+    packages = ['--editable', f'{ROOT}[test]', *requirements]
+    if run(interpreter, '-m', 'venv', env) and run(env / 'bin/python', '-m', 'pip', 'install', '--quiet', *packages):
+        stamp.write_text(made_from)
+    return stamp.exists()
+
+
+def run(*command: str | Path) -> bool:
+    return subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def check(name: str, keep: bool) -> bool:
+    """Installs one row's versions and runs the tests with them."""
+    env = ROOT / f'.venv-compat-{name}'
+    tests = [ROOT / 'tests' / test for test in TESTS]
     try:
-        for command in (
-            [interpreter, '-m', 'venv', env],
-            [env / 'bin/python', '-m', 'pip', 'install', '--quiet', '--editable', f'{ROOT}[test]', *requirements],
-            [env / 'bin/python', '-c', REPORT],
-            [env / 'bin/python', '-m', 'pytest', '-n', '2', '--dist', 'loadfile', '-k', DESELECTED.get(name, ''),
-             *(ROOT / 'tests' / test for test in TESTS)],
-        ):
-            if subprocess.run(command, cwd=ROOT).returncode:
-                return False
-        return True
+        return install(name, env) and run(env / 'bin/python', '-c', REPORT) and run(
+            env / 'bin/python', '-m', 'pytest', '-n', '2', '--dist', 'loadfile', '-k', DESELECTED.get(name, ''), *tests)
     finally:
-        shutil.rmtree(env, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(env, ignore_errors=True)
 
 
 if __name__ == '__main__':
-    results = {name: check(name) for name in sys.argv[1:] or VERSIONS}
+    parser = argparse.ArgumentParser()
+    parser.add_argument('names', nargs='*', default=list(VERSIONS))
+    parser.add_argument('--keep', action='store_true')
+    args = parser.parse_args()
+    results = {name: check(name, args.keep) for name in args.names}
     print(*(f'{name}: {"passed" if passed else "FAILED"}' for name, passed in results.items()), sep='\n')
     sys.exit(not all(results.values()))

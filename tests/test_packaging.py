@@ -42,6 +42,14 @@ def test_the_wheel_holds_the_package_its_licence_its_entry_points_and_the_versio
     assert all(f'Requires-Dist: {pin.replace("==", ">=")}\n' in metadata for pin in pinned)
 
 
+def test_make_alone_lists_the_targets_and_does_nothing():
+    if not shutil.which('make'):
+        pytest.skip('there is no make')
+    targets = next(line for line in (ROOT / 'Makefile').read_text().splitlines() if line.startswith('.PHONY: '))
+    lines = run(['make'], cwd=ROOT).stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [['make', name] for name in targets.split()[2:]]
+
+
 def test_the_wheel_brings_the_hook_and_the_command(wheel, tmp_path):
     run([sys.executable, '-m', 'pip', 'install', '--no-index', '--no-deps', '--target', tmp_path, wheel])
     env = {'PYTHONPATH': tmp_path}
