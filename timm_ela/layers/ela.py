@@ -155,12 +155,8 @@ def strip_conv(z: Tensor, weight: Tensor) -> Tensor:
     # conv2d, since conv1d does not use oneDNN for short strips, and inductor does not vectorize the product after it
     if torch.jit.is_scripting() or not (needs_backward([z, weight]) and weight.shape[1] == 1 and runs_on_cpu(z)):
         (n, c, length), half, groups = z.shape, weight.shape[2] // 2, weight.shape[0] // weight.shape[1]
-        if not torch.jit.is_scripting() and not is_tracing():
-            if c != weight.shape[0]:
-                raise ValueError(f'ELA has {weight.shape[0]} channels, got a map of {c}.')
-            if length <= half:
-                # taps that only see padding make conv2d many times slower
-                weight, half = weight[..., half + 1 - length:half + length], length - 1
+        if not torch.jit.is_scripting() and not is_tracing() and c != weight.shape[0]:
+            raise ValueError(f'ELA has {weight.shape[0]} channels, got a map of {c}.')
         z = F.conv2d(z.view(n, c, 1, length), weight.unsqueeze(2), None, padding=[0, half], groups=groups)
         # XNNPACK has no squeeze; with dynamic sizes, a view would restrict them
         return z.view(n, c, length) if not torch.jit.is_scripting() and is_fixed_size_export(z) else z.squeeze(2)

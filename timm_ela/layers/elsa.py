@@ -312,18 +312,11 @@ class EnhancedLocalSelfAttention(nn.Module):
 
 
 def elsa_in_place_of(
-        attn: nn.Module,
-        qkv_bias: bool,
-        weight_init: str = '',
-        **options: Any,
-) -> EnhancedLocalSelfAttention:
-    """ELSA with the width, heads, dropout rates, device and dtype of another attention, and with scale 1.
+        attn: nn.Module, qkv_bias: bool, weight_init: str = '', **options: Any) -> EnhancedLocalSelfAttention:
+    """Makes ELSA, with scale 1, of another attention's width, heads, dropout rates, device and dtype.
 
-    Args:
-        attn: Attention of a timm model, with `num_heads`, `proj`, `attn_drop` and `proj_drop`.
-        qkv_bias: Whether queries, keys and values have a bias.
-        weight_init: Initialization of linear layers, as in timm's vision transformers; 'skip' leaves PyTorch's.
-        **options: kernel_size, group_width, lam and gamma of EnhancedLocalSelfAttention.
+    `attn` is a timm model's, with `num_heads`, `proj`, `attn_drop` and `proj_drop`. `weight_init` is that of timm's
+    vision transformers, and 'skip' leaves PyTorch's. The options are kernel_size, group_width, lam and gamma.
     """
     layer = EnhancedLocalSelfAttention(
         attn.proj.out_features,
