@@ -121,7 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     # An option that is not given is not set: export_run and convert_checkpoint have the defaults.
     weights = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     weights.add_argument(
-        '--tag', help='tag of the weights, as in MODEL.TAG (default: the dataset; convert: custom or graft_custom)')
+        '--tag', help='tag of the weights, as in MODEL.TAG: letters, digits, "_", "-", "." (default: the dataset; '
+        'convert: custom or graft_custom)')
     weights.add_argument(
         '--no-ema', dest='ema', action='store_false', help='take the raw weights, not their moving average')
     weights.add_argument('--class-names', metavar='FILE', help='text file with one class name per line')

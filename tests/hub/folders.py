@@ -8,6 +8,7 @@ from torch import nn
 
 MODEL, PLAIN = 'mobilenetv2_050_ela_t', 'mobilenetv2_050'  # the smallest
 FILES = {'model.safetensors', 'config.json', 'README.md'}  # of a converted checkpoint; a run has args.yaml as well
+TRAINED = {'top1': 70.5, 'top5': 95.25}  # what write_run measured on model_best.pth.tar
 
 
 def load(folder: Path) -> nn.Module:
@@ -20,7 +21,8 @@ def have_equal_weights(model: nn.Module, other: nn.Module) -> bool:
 
 
 def give_equal_logits(model: nn.Module, other: nn.Module, tolerance: float = 0) -> bool:
-    x = torch.randn(2, model.in_chans, 48, 64)
+    channels = next(model.parameters()).shape[1]  # of the first convolution
+    x = torch.randn(2, channels, 48, 64)
     with torch.no_grad():
         logits = model.eval()(x)
         return bool((other.eval()(x) - logits).abs().max() <= tolerance * logits.abs().max())

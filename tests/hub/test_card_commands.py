@@ -2,28 +2,27 @@
 import os
 import re
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
 import timm
 import yaml
+from folders import MODEL, TRAINED
 
 from timm_ela.hub.cards import run_card
 from timm_ela.hub.publish import export_run
 from timm_ela.hub.train_run import TrainRun, published_args, write_args
 
-MODEL = 'mobilenetv2_050_ela_t'  # the smallest
 TRAIN_ARGS = yaml.safe_load(Path(__file__).with_name('train_args.yaml').read_text())
-TRAINED = {'top1': 70.5, 'top5': 95.25}
 # A run of ada's, with paths of her machine wherever train.py takes one.
 OF_ADA = {
     'data': '/home/ada/flowers', 'data_dir': '/home/ada/flowers', 'output': '/home/ada/runs', 'experiment': 'ada-1',
     'resume': '/home/ada/runs/last.pth.tar', 'no_resume_opt': True, 'start_epoch': 3, 'local_rank': 1,
     'log_interval': 7, 'log_wandb': True, 'wandb_project': 'ada', 'wandb_tags': ['ada'], 'wandb_resume_id': 'ada',
     'class_map': 'lists/ada/names.txt', 'initial_checkpoint': 'C:\\Users\\ada\\first.pth.tar',
-    'kd_model_name': 'local-dir:/home/ada/teacher', 'dataset': 'hfds//home/ada/flowers', 'opt_kwargs': {
-        'state': '~ada/state.pt', 'files': ['/home/ada/a.txt', '../ada/b.txt']}}
+    'kd_model_name': 'local-dir:ada/teacher', 'dataset': 'hfds//home/ada/flowers', 'val_split': '~ada/val',
+    'opt_kwargs': {'state': '~ada/state.pt', 'files': ['/home/ada/a.txt', '../ada/b.txt']},
+    'model_kwargs': {'pretrained_cfg_overlay': {'file': 'runs/ada/x.pth', 'url': 'file:///home/ada/y.pth'}}}
 LOCAL = {
     'data', 'data_dir', 'output', 'experiment', 'resume', 'no_resume_opt', 'start_epoch', 'local_rank', 'log_interval',
     'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id'}
@@ -44,47 +43,37 @@ def read_config(monkeypatch):
     return read
 
 
-@pytest.mark.parametrize('args', [
-    {},
-    {'amp': True, 'amp_dtype': 'bfloat16', 'channels_last': True, 'device': 'cpu', 'no_aug': True, 'model_ema': True,
-     'lr': None, 'momentum': 0.0, 'clip_grad': 1.0, 'warmup_lr': 1e-06, 'train_interpolation': '', 'val_split': '',
-     'sched': 'step', 'decay_epochs': 2.4, 'lr_cycle_limit': 3, 'dataset': 'hfds/timm/flowers'},
-    {'val_split': 'test', 'sched_on_updates': True, 'input_size': [1, 96, 128], 'train_img_sizes': [96, 128],
-     'mean': [0.5, 0.5, 0.5], 'scale': [0.5, 1.0], 'opt_betas': [0.9, 0.95], 'opt_kwargs': {'foreach': False},
-     'model_kwargs': {'note': 'two words', 'sizes': [3, 5], 'block_args': {'attn_layer': None}},
-     'cutmix_minmax': [0.2, 0.8], 'aug_splits': 2, 'jsd_loss': True, 'kd_model_name': 'hf-hub:timm/resnet18.a1_in1k'},
-], ids=['defaults', 'numbers and names', 'lists and dicts'])
-def test_train_py_reads_a_published_config_as_the_run(read_config, tmp_path, args):
+@pytest.mark.parametrize('args, changed', [
+    ({}, {'data_dir'}),
+    ({'amp': True, 'amp_dtype': 'bfloat16', 'channels_last': True, 'device': 'cpu', 'no_aug': True, 'model_ema': True,
+      'lr': None, 'momentum': 0.0, 'clip_grad': 1.0, 'warmup_lr': 1e-06, 'train_interpolation': '', 'val_split': '',
+      'sched': 'step', 'decay_epochs': 2.4, 'input_size': [1, 96, 128], 'mean': [0.5, 0.5, 0.5], 'scale': [0.5, 1.0],
+      'opt_kwargs': {'foreach': False}, 'model_kwargs': {'note': 'two words', 'block_args': {'attn_layer': None}},
+      'dataset': 'hfds/timm/flowers', 'kd_model_name': 'hf-hub:timm/resnet18.a1_in1k'}, {'data_dir'}),
+    (OF_ADA, LOCAL | {'class_map', 'initial_checkpoint', 'kd_model_name', 'dataset', 'val_split', 'opt_kwargs',
+                      'model_kwargs'}),
+], ids=['defaults', 'all kinds of values', 'local paths'])
+def test_train_py_reads_a_published_config_as_the_run(read_config, tmp_path, args, changed):
     run = TRAIN_ARGS | args
     write_args(run, tmp_path / 'args.yaml')
     read = read_config(tmp_path / 'args.yaml')
-    assert {key for key in read if read[key] != run[key]} == {'data_dir'}
+    assert {key for key in read if read[key] != run[key]} == changed
 
 
-def test_train_py_repeats_an_exported_run_from_its_config(read_config, write_run, tmp_path):
-    run = write_run(timm.create_model(MODEL, num_classes=3), **OF_ADA)
-    expected = yaml.safe_load((run / 'args.yaml').read_text())
-    read = read_config(export_run(run, tmp_path / 'out') / 'args.yaml')
-    files = {'class_map', 'initial_checkpoint', 'kd_model_name', 'dataset', 'opt_kwargs'}  # their bare names
-    assert {key for key in read if read[key] != expected[key]} == LOCAL | files
-
-
-def test_a_published_config_has_every_other_argument_and_bare_names():
+def test_a_published_config_has_every_other_argument_bare_names_of_files_and_whole_names_of_models_and_data():
+    names = {
+        'model': 'hf-hub:timm/resnet18.a1_in1k', 'aa': 'rand-m9-mstd0.5-inc1', 'train_split': 'train[:90%]',
+        'val_split': 'images/val', 'dataset': 'hfds/timm/oxford-iiit-pet', 'kd_model_name': 'resnet50.a1_in1k',
+        'model_kwargs': {'pretrained_cfg_overlay': {'hf_hub_id': 'timm/resnet18.a1_in1k'}}}
+    assert published_args(names) == names
     published = published_args(TRAIN_ARGS | OF_ADA | {'model': 'local-dir:/home/ada/first/'})
     assert TRAIN_ARGS.keys() - published.keys() == LOCAL
-    changed = {key: value for key, value in published.items() if value != TRAIN_ARGS[key]}
-    assert changed == {
+    assert {key: value for key, value in published.items() if value != TRAIN_ARGS[key]} == {
         'model': 'local-dir:first', 'kd_model_name': 'local-dir:teacher', 'dataset': 'hfds/flowers',
-        'class_map': 'names.txt', 'initial_checkpoint': 'first.pth.tar',
-        'opt_kwargs': {'state': 'state.pt', 'files': ['a.txt', 'b.txt']}}
+        'class_map': 'names.txt', 'initial_checkpoint': 'first.pth.tar', 'val_split': 'val',
+        'opt_kwargs': {'state': 'state.pt', 'files': ['a.txt', 'b.txt']},
+        'model_kwargs': {'pretrained_cfg_overlay': {'file': 'x.pth', 'url': 'y.pth'}}}
     assert published_args(published) == published
-
-
-def test_a_name_that_is_no_path_stays_as_it_is():
-    args = {
-        'dataset': 'hfds/timm/oxford-iiit-pet', 'model': 'hf-hub:timm/resnet18.a1_in1k', 'aa': 'rand-m9-mstd0.5-inc1',
-        'kd_model_name': 'resnet50.a1_in1k', 'model_kwargs': {'note': 'a/b', 'dataset': 'torch/cifar10'}}
-    assert published_args(args) == args
 
 
 def test_an_export_tells_no_path_and_no_user_of_the_machine(write_run, tmp_path):
@@ -94,19 +83,10 @@ def test_an_export_tells_no_path_and_no_user_of_the_machine(write_run, tmp_path)
         text = (folder / name).read_text(encoding='utf-8')
         assert 'ada' not in re.findall(r'[a-z]+', text) and str(tmp_path) not in text
         assert re.findall(r"""(?:^|[\s'"`])(?:~|[/\\]|[A-Z]:)[\w/\\]+""", text) == []
-        told = '--class-map names.txt --initial-checkpoint first.pth.tar --kd-model-name local-dir:teacher\n'
-        assert (told in text) == (name == 'README.md')
-
-
-@cache
-def untrained(in_chans: int):
-    return timm.create_model(MODEL, in_chans=in_chans)
 
 
 @pytest.mark.parametrize('args, words', [
-    ({}, ''), ({'input_size': [3, 64, 64]}, ''),
-    ({'in_chans': 1, 'mean': [0.5], 'std': [0.25]}, '--in-chans 1'), ({'input_size': [1, 64, 64]}, '--in-chans 1'),
-    ({'class_map': '/my/two names.txt'}, "--class-map 'two names.txt'"),
+    ({}, ''), ({'in_chans': 1}, '--in-chans 1'), ({'class_map': '/my/two names.txt'}, "--class-map 'two names.txt'"),
     ({'dataset': 'hfds/a/b', 'input_key': 'img', 'target_key': 'label'},
      '--dataset hfds/a/b --input-key img --target-key label'),
     ({'val_num_samples': 50, 'model_dtype': 'bfloat16', 'fast_norm': True},
@@ -114,8 +94,8 @@ def untrained(in_chans: int):
     ({'amp': True, 'amp_dtype': 'bfloat16'}, '--amp --amp-dtype bfloat16'),
 ], ids=str)
 def test_the_command_in_a_card_measures_what_train_py_measured(args, words):
-    channels = 1 if '--in-chans' in words else 3
-    run = TrainRun(TRAIN_ARGS | args, {}, False, 1, TRAINED)
-    text = run_card(untrained(channels), run, 'data', (channels, 64, 64), None)
+    model = timm.create_model(MODEL, device='meta')
+    model.pretrained_cfg['input_size'] = (args.get('in_chans', 3), 64, 64)
+    text = run_card(model, TrainRun(TRAIN_ARGS | args, {}, False, 1, TRAINED), 'data', None)
     command = f'--data-dir DATA {words} --split validation --model hf-hub:OWNER/NAME --pretrained'.replace('  ', ' ')
     assert re.findall(r'^validate\.py (.*)$', text, re.MULTILINE) == [command]

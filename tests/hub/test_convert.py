@@ -1,14 +1,12 @@
 """A plain checkpoint -> a folder -> `timm.create_model('local-dir:FOLDER', pretrained=True)`."""
-import re
 from argparse import Namespace
 
 import pytest
 import timm
 import torch
-from folders import FILES, MODEL, PLAIN, card, give_equal_logits, have_equal_weights, load
+from folders import FILES, MODEL, PLAIN, card, give_equal_logits, load
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
-from timm.models import load_checkpoint, load_state_dict
 
 from timm_ela.hub.publish import convert_checkpoint
 
@@ -17,25 +15,19 @@ ROUNDING = 1e-4  # of a graft, relative to the greatest logit of a fresh model
 
 @pytest.mark.parametrize('name, write', [
     ('plain.pth', lambda model, path: torch.save(model.state_dict(), path)),
-    ('plain.pth', lambda model, path: torch.save({f'module.{k}': v for k, v in model.state_dict().items()}, path)),
-    ('plain.pth', lambda model, path: torch.save({f'_orig_mod.{k}': v for k, v in model.state_dict().items()}, path)),
     ('plain.pth', lambda model, path: torch.save({'model': model.state_dict(), 'args': {'lr': 1}}, path)),
     ('plain.safetensors', lambda model, path: save_file(model.state_dict(), path)),
     ('model_best.pth.tar', lambda model, path: torch.save(
         {'state_dict': timm.create_model(PLAIN).state_dict(), 'state_dict_ema': model.state_dict(), 'args': Namespace(
             model=PLAIN, img_size=96, mean=[0.5, 0.5, 0.5], model_kwargs={})}, path)),
-], ids=['pth', 'module.', '_orig_mod.', 'nested', 'safetensors', 'run with an average'])
+], ids=['pth', 'nested', 'safetensors', 'run with an average'])
 def test_a_plain_checkpoint_becomes_an_ela_checkpoint_that_computes_the_same(new_model, tmp_path, name, write):
     plain, file = new_model(PLAIN), tmp_path / name
     write(plain, file)
     folder = convert_checkpoint(file, MODEL, tmp_path / 'out')
     model = load(folder)
-    assert type(model).__name__ == 'EfficientNet' and model.num_classes == 7
-    assert give_equal_logits(plain, model, ROUNDING)
+    assert model.num_classes == 7 and give_equal_logits(plain, model, ROUNDING)
     assert {path.name for path in folder.iterdir()} == FILES and 'neutral' in card(folder).text
-    fresh = timm.create_model(MODEL, num_classes=7)  # as `train.py --initial-checkpoint` loads it
-    load_checkpoint(fresh, folder / 'model.safetensors', strict=True)
-    assert have_equal_weights(fresh, model)
     assert not {'label_descriptions', 'license', 'paper_ids', 'paper_name'} & model.pretrained_cfg.keys()
     if 'tar' in name:
         assert tuple(model.pretrained_cfg['input_size']) == (3, 96, 96) and model.pretrained_cfg['mean'][0] == 0.5
@@ -46,8 +38,8 @@ def test_a_converted_run_is_tested_at_the_size_of_the_run_and_another_checkpoint
     for name, args in (('run', {'args': Namespace(model='resnet18', img_size=None, model_kwargs={})}), ('weights', {})):
         torch.save({'state_dict': plain.state_dict(), **args}, tmp_path / f'{name}.pth')
         model = load(convert_checkpoint(tmp_path / f'{name}.pth', 'resnet18_ela_b', tmp_path / name))
-        size[name] = resolve_model_data_config(model, use_test_size=True)['input_size']
-    assert size == {'run': (3, 224, 224), 'weights': (3, 288, 288)}
+        size[name] = resolve_model_data_config(model, use_test_size=True)['input_size'][1]
+    assert size == {'run': 224, 'weights': 288}
 
 
 def test_a_model_is_found_by_its_other_name(new_model, tmp_path):
@@ -57,29 +49,23 @@ def test_a_model_is_found_by_its_other_name(new_model, tmp_path):
 
 
 @pytest.mark.parametrize('kwargs', [
-    {}, {'in_chans': 1}, {'global_pool': 'max'}, {'act_layer': 'silu', 'bn_eps': 0.1}, {'num_classes': 0}], ids=str)
-def test_the_command_in_the_card_builds_the_model_that_was_written(new_model, tmp_path, kwargs, caplog):
+    {'in_chans': 1}, {'global_pool': 'max'}, {'act_layer': 'silu', 'bn_eps': 0.1}, {'num_classes': 0}], ids=str)
+def test_the_folder_is_of_the_model_whose_weights_they_are(new_model, tmp_path, kwargs):
     plain = new_model(PLAIN, **kwargs)
     args = {'gp': kwargs.get('global_pool'), 'bn_eps': kwargs.get('bn_eps'), 'model_kwargs': {
         k: v for k, v in kwargs.items() if k == 'act_layer'}}
     torch.save({'state_dict': plain.state_dict(), 'args': Namespace(model=PLAIN, **args)}, tmp_path / 'plain.pth.tar')
     folder = convert_checkpoint(tmp_path / 'plain.pth.tar', MODEL, tmp_path / 'out')
-    [command] = re.findall(r'^train\.py (.*)$', card(folder).text, re.MULTILINE)
-    options = {'in_chans': '--in-chans 1', 'num_classes': '--num-classes N'}
-    assert command == ' '.join([
-        '--data-dir DATA --model hf-hub:OWNER/NAME --pretrained', *(options[k] for k in kwargs if k in options)])
-    # What train.py makes of these options. Without a classifier it makes a new one.
-    made = timm.create_model(
+    # as train.py does for `--model local-dir:FOLDER --pretrained`, with --in-chans 1 for one channel
+    model = timm.create_model(
         f'local-dir:{folder}', pretrained=True, in_chans=kwargs.get('in_chans', 3), num_classes=None, drop_rate=0.0,
-        drop_path_rate=None, drop_block_rate=None, global_pool=None, bn_momentum=None, bn_eps=None, scriptable=False,
-        checkpoint_path='')
-    assert give_equal_logits(plain, made, ROUNDING)
+        drop_path_rate=None, global_pool=None, bn_momentum=None, bn_eps=None, scriptable=False, checkpoint_path='')
+    assert give_equal_logits(plain, model, ROUNDING) and model.num_classes == plain.num_classes
     if 'num_classes' in kwargs:
-        assert made.num_classes == 0 and 'no classifier: the model is written without one' in caplog.text
-        made = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=5).eval()
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=5).eval()
         x = torch.randn(1, 3, 48, 64)
-        assert made(x).shape == (1, 5)
-        torch.testing.assert_close(made.forward_features(x), plain.eval().forward_features(x), rtol=0, atol=ROUNDING)
+        assert model(x).shape == (1, 5)
+        torch.testing.assert_close(model.forward_features(x), plain.eval().forward_features(x), rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize('ema', [True, False])
@@ -95,5 +81,3 @@ def test_of_raw_weights_and_their_average_the_average_is_taken_or_what_is_asked_
     torch.save(container(raw.state_dict(), average.state_dict()), tmp_path / 'c.pth')
     model = load(convert_checkpoint(tmp_path / 'c.pth', MODEL, tmp_path / 'out', ema=ema))
     assert give_equal_logits(model, average if ema else raw, ROUNDING)
-    wanted = load_state_dict(tmp_path / 'c.pth', use_ema=ema)  # timm's own reader, as --pretrained-path has it
-    assert torch.equal(model.conv_stem.weight, wanted['conv_stem.weight'])

@@ -1,16 +1,18 @@
 """Writes a run of train.py, or a checkpoint, as a folder of weights, config and card that timm loads."""
+import inspect
 import json
-import logging
+import re
 import shutil
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
-from timm.data.model_config import resolve_input_data_config
-from timm.models import get_arch_name, get_deprecated_models, get_pretrained_cfg, save_for_hf
+from timm.data import resolve_data_config
+from timm.models import get_arch_name, get_deprecated_models, save_for_hf
 from torch import Tensor, nn
 
 from ..models.registry import GRAFT, MODELS, WEIGHTS_INFO
@@ -18,99 +20,62 @@ from ..models.weights import check_weights
 from .cards import converted_card, run_card
 from .train_run import TrainRun, errors_name, read_checkpoint, read_class_names, write_args
 
-_logger = logging.getLogger(__name__)
-
 # the files of a checkpoint's folder, and those of a run's: a push uploads nothing else
 FILES = ('model.safetensors', 'config.json', 'README.md')
 ALL_FILES = (*FILES, 'args.yaml')
-# a folder in out_dir while that is written
-_UNFINISHED = '.timm-ela-unfinished'
 
 
 @contextmanager
-def _new_folder(out_dir: Path, sources: Iterable[str | Path | None], force: bool) -> Iterator[Path]:
+def _new_folder(out_dir: Path, force: bool) -> Iterator[Path]:
     """Yields a folder whose files move into out_dir if nothing fails, so that nothing is left half-written.
 
-    The folder is inside out_dir, which may be a mount point, the current folder, or the only writable place. Its fixed
-    name keeps other commands out of out_dir.
+    That folder is in out_dir, which may be a mount point or the only writable place, or where out_dir will be.
     """
-    if (out_dir.exists() or out_dir.is_symlink()) and not out_dir.is_dir():
-        raise FileExistsError(f'{out_dir} is a file or a broken link: choose a folder.')
-    for source in [Path(source) for source in sources if source]:
-        if out_dir.resolve() in (source.resolve(), *source.resolve().parents):
-            raise FileExistsError(f'{out_dir} holds {source}, which could be overwritten: choose another folder.')
-    made = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
-    unfinished, ours = out_dir / _UNFINISHED, True
-    try:
+    found = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
+    if found and not (force and set(FILES) <= found <= set(ALL_FILES)):
+        raise FileExistsError(
+            f'{out_dir} holds {min(found.difference(ALL_FILES) or found)}: choose another folder. --force replaces an '
+            f'export, that is {", ".join(ALL_FILES)}, and nothing else.')
+    place = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
+    with TemporaryDirectory(prefix='.timm-ela-', dir=place) as temporary:
+        yield Path(temporary)
         out_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.mkdir()
-        except FileExistsError as error:
-            ours = False
-            raise FileExistsError(
-                f'{out_dir} is being written by another command; if none is running, delete {unfinished}.') from error
-        # before the work, and after it
-        _check_free(out_dir, force)
-        yield unfinished
-        _check_free(out_dir, force)
-        _move(unfinished, out_dir)
-    finally:
-        if ours:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        # a folder that is not empty stays
-        with suppress(OSError):
-            for folder in made:
-                folder.rmdir()
-
-
-def _check_free(out_dir: Path, force: bool) -> None:
-    """Raises FileExistsError if out_dir holds anything or, with `force`, anything but an export."""
-    # the root of a disk has a folder lost+found
-    found = {path.name for path in out_dir.iterdir()} - {_UNFINISHED, 'lost+found'}
-    others = {name for name in found if name not in ALL_FILES or not (out_dir / name).is_file()}
-    if found and not force:
-        raise FileExistsError(
-            f'{out_dir} is not empty, it holds {min(found)}: choose another folder, or --force replaces an export.')
-    if others or (found and not found >= set(FILES)):
-        raise FileExistsError(
-            f'{out_dir} holds {min(others or found)} and is no export: --force replaces {", ".join(ALL_FILES)} alone.')
-
-
-def _move(folder: Path, out_dir: Path) -> None:
-    """Moves an export's files into out_dir. If that is interrupted, the files that they replace are moved back."""
-    moves = [(out_dir / name, folder / f'old-{name}') for name in ALL_FILES if (out_dir / name).exists()]
-    moves += [(folder / name, out_dir / name) for name in ALL_FILES if (folder / name).exists()]
-    try:
-        for source, target in moves:
-            source.rename(target)
-    except BaseException:
-        for source, target in reversed(moves):
-            if target.exists() and not source.exists():
-                target.rename(source)
-        raise
+        # the weights first: Windows does not replace them where another program has them open
+        for name in ALL_FILES:
+            if Path(temporary, name).exists():
+                Path(temporary, name).replace(out_dir / name)
+            else:
+                (out_dir / name).unlink(missing_ok=True)
 
 
 def check_finite(state_dict: dict[str, Tensor]) -> None:
     """Raises ValueError if a weight is NaN or infinite, with the first key."""
     for k, v in state_dict.items():
         # isfinite does not take 8-bit floats
-        if not (v.float() if v.element_size() == 1 else v).isfinite().all():
+        if not v.float().isfinite().all():
             raise ValueError(f'The weights are not finite: {k!r} holds NaN or infinity.')
+
+
+def _check_tag(tag: str | None) -> None:
+    if tag and not re.fullmatch(r'[\w.-]+', tag):
+        raise ValueError(f'The tag {tag!r} cannot stand in MODEL.TAG: it may have letters, digits, "_", "-" and ".".')
 
 
 def _create_args(args: dict[str, Any]) -> dict[str, Any]:
     """Returns what train.py passes to create_model for its arguments, as far as it shapes the model."""
-    in_chans = args.get('in_chans') or (args.get('input_size') or [None])[0]
-    return dict(
-        num_classes=args.get('num_classes'), in_chans=in_chans, global_pool=args.get('gp'), bn_eps=args.get('bn_eps'),
-        bn_momentum=args.get('bn_momentum'), **(args.get('model_kwargs') or {}))
+    create_args = dict(
+        num_classes=args.get('num_classes'), in_chans=args.get('in_chans') or (args.get('input_size') or [3])[0],
+        global_pool=args.get('gp'), bn_eps=args.get('bn_eps'), bn_momentum=args.get('bn_momentum'),
+        **(args.get('model_kwargs') or {}))
+    return {k: v for k, v in create_args.items() if v is not None}
 
 
-def _classes_and_channels(state_dict: dict[str, Tensor], name: str) -> dict[str, int]:
-    """Returns num_classes and in_chans of weights of one of our models; 0 classes if there is no classifier."""
-    cfg = get_pretrained_cfg(name)
-    parts = (part if isinstance(part, str) else part[0] for part in (cfg.first_conv, cfg.classifier))
-    stem, head = (state_dict.get(f'{part}.weight') for part in parts)
+def _classes_and_channels(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, int]:
+    """Returns num_classes and in_chans of weights of a model; 0 classes if there is no classifier."""
+    parts = (model.pretrained_cfg[key] for key in ('first_conv', 'classifier'))
+    # VOLO has two classifiers
+    names = (part if isinstance(part, str) else part[0] for part in parts)
+    stem, head = (state_dict.get(f'{name}.weight') for name in names)
     return dict(num_classes=0 if head is None else len(head), in_chans=3 if stem is None else stem.shape[1])
 
 
@@ -120,26 +85,47 @@ def _load(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     check_finite(model.state_dict())
 
 
-def _describe_weights(cfg: dict[str, Any], license: str | None, keep: bool) -> None:
-    """Removes from a model's cfg what is not true of its new weights. With `keep`, training began with the cfg's."""
-    for key in ('label_names', 'label_descriptions', *(() if keep else WEIGHTS_INFO)):
+def _set_cfg(
+        model: nn.Module, in_chans: int, args: dict[str, Any], tag: str, license: str | None,
+        from_cfg: bool = False) -> None:
+    """Makes a model's cfg, which describes the weights of its tag, one of other weights.
+
+    Args:
+        args: Arguments of the run of train.py, which say how it saw its images; empty if there was none.
+        from_cfg: Whether the run began with the weights that the cfg describes.
+    """
+    cfg = model.pretrained_cfg
+    data_config = resolve_data_config(args, model=model)
+    data_config['input_size'] = (in_chans, *data_config['input_size'][1:])
+    for key in ('mean', 'std'):
+        # timm's loader too takes the average of values that are not as many as the channels
+        if len(data_config[key]) != in_chans:
+            data_config[key] = (sum(data_config[key]) / len(data_config[key]),) * in_chans
+    untrue = ['label_names', 'label_descriptions', *(() if from_cfg else WEIGHTS_INFO)]
+    if args:
+        # a run tests at its own size
+        untrue += ['test_input_size', 'test_crop_pct']
+    if data_config['input_size'][1:] != tuple(cfg['input_size'][1:]):
+        untrue.append('pool_size')
+    for key in untrue:
         cfg.pop(key, None)
-    cfg['license'] = license or cfg.get('license')
-    if not cfg['license']:
-        _logger.warning('The card says "Licence: not stated": set one with --license.')
+    cfg.update(data_config, tag=tag, license=license or cfg.get('license'))
 
 
-def _write(folder: Path, model: nn.Module, data_config: dict[str, Any] | None, card: str, **config: Any) -> None:
-    save_for_hf(model, folder, model_config=config, safe_serialization=True, data_config=data_config)
-    # timm also writes num_classes into model_args, and transformers fails when both are there
+def _write(
+        folder: Path, model: nn.Module, create_args: dict[str, Any], label_names: list[str] | None, card: str) -> None:
+    # arguments of create_model itself, such as pretrained_cfg_overlay, are no part of the architecture
+    model_args = {k: v for k, v in create_args.items() if k not in inspect.signature(timm.create_model).parameters}
+    save_for_hf(
+        model, folder, model_config={'label_names': label_names}, model_args=model_args, safe_serialization=True)
+    # the config has num_classes beside model_args, and transformers fails when both have it
     path = folder / 'config.json'
-    written = json.loads(path.read_text())
-    written['model_args'].pop('num_classes', None)
-    path.write_text(json.dumps(written, indent=2) + '\n')
+    config = json.loads(path.read_text())
+    config['model_args'].pop('num_classes', None)
+    path.write_text(json.dumps(config, indent=2) + '\n')
     # safetensors makes its file readable by its owner only
     shutil.copymode(path, folder / 'model.safetensors')
-    # a file name in the card may not be valid UTF-8
-    (folder / 'README.md').write_text(card, encoding='utf-8', errors='replace')
+    (folder / 'README.md').write_text(card, encoding='utf-8')
 
 
 def export_run(
@@ -172,27 +158,22 @@ def export_run(
         RuntimeError: If the weights are not those of the run's model.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
-    with _new_folder(out_dir, [run_dir, *run_dir.glob('*'), class_names], force) as folder:
+    _check_tag(tag)
+    with _new_folder(out_dir, force) as folder:
         run = TrainRun.read(run_dir, checkpoint, ema)
         dataset = dataset or run.dataset
+        tag = tag or re.sub(r'[^\w.-]+', '_', dataset.lower())
+        other_start = run.args.get('pretrained_path') or run.args.get('initial_checkpoint')
+        from_cfg = bool(run.args.get('pretrained') and not other_start)
         with errors_name(run_dir / 'args.yaml'):
-            model = timm.create_model(run.args['model'], **_create_args(run.args))
-            data_config = resolve_input_data_config(model, run.args)
+            create_args = _create_args(run.args)
+            model = timm.create_model(run.args['model'], **create_args)
+            _set_cfg(model, create_args['in_chans'], run.args, tag, license, from_cfg)
         _load(model, run.state_dict)
 
-        cfg = model.pretrained_cfg
-        if cfg['architecture'] not in MODELS:
-            _logger.warning(f'{cfg["architecture"]} is a model of timm, not one of timm_ela: it is written anyway.')
-        other_start = run.args.get('pretrained_path') or run.args.get('initial_checkpoint')
-        # whether the run began with the weights that cfg describes
-        from_cfg = bool(run.args.get('pretrained') and not other_start)
-        _describe_weights(cfg, license, keep=from_cfg)
-        base = (cfg.get('hf_hub_id') or '') if from_cfg else ''
-        card = run_card(model, run, dataset, data_config['input_size'], base.partition('@')[0] or None)
-        # timm drops the plain weights' test sizes, since data_config has the run's
-        _write(
-            folder, model, data_config, card, label_names=read_class_names(run.args, model.num_classes, class_names),
-            pretrained_cfg={'tag': tag or dataset.lower().replace(' ', '_')})
+        base = (model.pretrained_cfg.get('hf_hub_id') or '') if from_cfg else ''
+        card = run_card(model, run, dataset, base.partition('@')[0] or None)
+        _write(folder, model, create_args, read_class_names(run.args, model.num_classes, class_names), card)
         write_args(run.args, folder / 'args.yaml')
     return out_dir
 
@@ -215,35 +196,32 @@ def convert_checkpoint(
     of the model already.
     """
     checkpoint, out_dir = Path(checkpoint), Path(out_dir)
+    _check_tag(tag)
     arch = get_arch_name(model_name)
     # another name of the model, such as mobilenetv2_100_ela_b
     arch = get_deprecated_models().get(arch, arch)
     if arch not in MODELS:
         raise ValueError(f'{model_name!r} is not a model of timm_ela: `timm-ela list` shows them.')
-    with _new_folder(out_dir, [checkpoint, class_names], force) as folder:
-        original, saved = read_checkpoint(checkpoint, ema)
+    with _new_folder(out_dir, force) as folder:
+        found, saved = read_checkpoint(checkpoint, ema)
         # train.py saves its weights as state_dict, beside args with the input size, mean and std
         args = vars(saved['args']) if 'state_dict' in saved and isinstance(saved.get('args'), Namespace) else {}
-        # to rename the weights, their names and order in the model are enough
         with errors_name(checkpoint):
-            skeleton = timm.create_model(model_name, device='meta', **_create_args(args))
-        state_dict = MODELS[arch].rename_state_dict(original, skeleton)
-        with errors_name(checkpoint):
-            model = timm.create_model(model_name, **{**_create_args(args), **_classes_and_channels(state_dict, arch)})
-            data_config = resolve_input_data_config(model, args) if args else None
-        complete = MODELS[arch].checkpoint_filter_fn(state_dict, model)
-        if model.num_classes == 0:
-            _logger.warning('The checkpoint has no classifier: the model is written without one.')
-        grafted = len(complete) > len(state_dict)
-        if not grafted and state_dict.keys() == original.keys():
+            create_args = _create_args(args)
+            # to rename the weights, their names and order in the model are enough
+            skeleton = timm.create_model(model_name, device='meta', **create_args)
+        renamed = MODELS[arch].rename_state_dict(found, skeleton)
+        create_args |= _classes_and_channels(renamed, skeleton)
+        model = timm.create_model(model_name, **create_args)
+        weights = MODELS[arch].checkpoint_filter_fn(renamed, model)
+        grafted = len(weights) > len(renamed)
+        if not grafted and renamed.keys() == found.keys():
             raise RuntimeError(
-                f'{checkpoint} is a checkpoint of {arch} already: load it as it is, or `timm-ela export` its run.')
-        _load(model, complete)
-
-        # the cfg describes the default tag's weights, not these
-        _describe_weights(model.pretrained_cfg, license, keep=False)
+                f'{checkpoint} is a checkpoint of {arch} already: load it as it is, or put it into the folder RUN of '
+                f'its run, and `timm-ela export RUN {out_dir} --checkpoint {checkpoint.name}`.')
+        _load(model, weights)
+        with errors_name(checkpoint):
+            _set_cfg(model, create_args['in_chans'], args, tag or (f'{GRAFT}custom' if grafted else 'custom'), license)
         card = converted_card(model, checkpoint.name, grafted)
-        _write(
-            folder, model, data_config, card, label_names=read_class_names(args, model.num_classes, class_names),
-            pretrained_cfg={'tag': tag or (f'{GRAFT}custom' if grafted else 'custom')})
+        _write(folder, model, create_args, read_class_names(args, model.num_classes, class_names), card)
     return out_dir
