@@ -84,6 +84,8 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False) -> s
                 return api.upload_folder(
                     repo_id=repo_id, folder_path=temporary, delete_patterns=list(ALL_FILES),
                     commit_message='Upload with timm_ela').commit_url
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt('all files were uploaded, or none') from error
         except Exception as error:
             # of the Hub, of its HTTP client or of its Xet store; the cause may have the same text
             reasons = dict.fromkeys(str(e) for e in (error, error.__cause__) if e)
