@@ -53,17 +53,9 @@ def page(tmp_path):
     return page
 
 
-def test_the_arms_are_plain_and_layers_with_a_neutral_point_and_one_of_them_by_the_old_graft():
+def test_the_arms_are_plain_and_layers_with_a_neutral_point():
     first, *others = report.ARMS
-    assert first == 'plain' and 'ela_b_old' in others
-    assert all(ATTN_LAYERS[arm.removesuffix('_old')].neutral for arm in others)
-
-
-def test_the_page_says_what_the_mended_graft_is_worth_where_the_old_one_was_run(page):
-    text = page(table({**TOP1, 'ela_b_old': (50, 51, 52)}))
-    assert 'paired by seed: +2.00 points, with an uncorrected 95 % interval of [-0.48, +4.48]' in text
-    assert all(cells(text, 'ELA-B, graft of 0.2'))
-    assert 'run again' not in page(table(TOP1)) and 'graft of 0.2 |' not in page(table(TOP1))
+    assert first == 'plain' and all(ATTN_LAYERS[arm].neutral for arm in others)
 
 
 def test_an_interval_is_students_of_the_differences_seed_by_seed(page):
@@ -262,27 +254,24 @@ def test_a_study_starts_all_arms_from_one_network_runs_once_and_goes_on_where_it
     common = ('--scripts', scripts, '--output', out, '--images', 32, '--seeds', 1, '--img-size', 32)
 
     def go():
-        run_study(pictures, *common, '--epochs', 2, '--arms', 'plain', 'ela_b', 'ela_b_old')
+        run_study(pictures, *common, '--epochs', 2, '--arms', 'plain', 'ela_b')
         return pd.read_csv(out / 'tints.csv')
 
     rows = go()
-    assert list(rows.arm) == ['plain', 'ela_b', 'ela_b_old'] and list(rows.train_images) == 3 * [96]
+    assert list(rows.arm) == ['plain', 'ela_b'] and list(rows.train_images) == 2 * [96]
     assert (rows.train_images_per_second > 0).all()
-    folders = [out / f'{name}.seed0' for name in (BACKBONE, f'{BACKBONE}_ela_b', f'{BACKBONE}_ela_b_old')]
+    folders = [out / f'{name}.seed0' for name in (BACKBONE, f'{BACKBONE}_ela_b')]
     for row, folder in zip(rows.itertuples(), folders, strict=True):
         assert row.top1 == json.loads((folder / 'validate.json').read_text())['top1']
 
     plain, ours = torch.load(out / 'plain.seed0.pth'), load_file(folders[1] / 'start' / 'model.safetensors')
     assert all(torch.equal(ours[k], v) for k, v in plain.items() if 'bn3' not in k)
-    old, x, logits = load_file(folders[2] / 'old_graft.safetensors'), torch.randn(2, 3, 32, 32), []
-    scaled = {k for k in plain if k.endswith('conv_pwl.weight') and k.replace('conv_pwl', 'se.conv') in old}
-    assert scaled and all(torch.equal(old[k], v * 4 if k in scaled else v) for k, v in plain.items())
-    for name, weights in ((BACKBONE, plain), (f'{BACKBONE}_ela_b', ours), (f'{BACKBONE}_ela_b', old)):
+    x, logits = torch.randn(2, 3, 32, 32), []
+    for name, weights in ((BACKBONE, plain), (f'{BACKBONE}_ela_b', ours)):
         model = timm.create_model(name, num_classes=3).eval()
         model.load_state_dict(weights)
         logits.append(model(x))
-    for other in logits[1:]:
-        torch.testing.assert_close(other, logits[0], rtol=0, atol=1e-5 * logits[0].abs().max().item())
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5 * logits[0].abs().max().item())
 
     run([sys.executable, STUDIES / 'gates.py', pictures, '--runs', out])
     learnt = pd.read_csv(out / 'tints.gates.csv')

