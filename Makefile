@@ -63,9 +63,9 @@ cards: $(INSTALLED)
 	$(BIN)/python weights_cards/make_cards.py
 
 ## study          train ELA and the other layers with timm's scripts: 2 hours
-# Trains ELA and the other layers with timm's scripts, about 2 hours on two cores. It skips finished runs, and those in
-# the table of STUDY='--done TABLE'. Variables: DATA, a folder with train/ and test/; TIMM_SCRIPTS, a folder with timm's
-# scripts alone; DEVICE (cpu or cuda); JOBS, runs at a time; STUDY, options of study.py.
+# Trains ELA and the other layers with timm's train.py, about 2 hours on two cores. It skips finished runs. Variables:
+# DATA, a folder with train/ and test/; TIMM_SCRIPTS, a folder with timm's scripts alone; DEVICE (cpu or cuda); JOBS,
+# runs at a time; STUDY, options of study.py.
 DEVICE ?= cpu
 JOBS ?= 2
 RUN_STUDY = $(BIN)/python weights_cards/studies/study.py '$(DATA)' --scripts '$(TIMM_SCRIPTS)' \
@@ -77,7 +77,7 @@ study: $(INSTALLED)
 ## study-smoke    run the study on a few images
 study-smoke: $(INSTALLED)
 	$(RUN_STUDY) --output output/study-smoke \
-		--images 100 --epochs 2 --seeds 1 --img-size 64 --arms plain ela_b $(STUDY)
+		--images 100 --epochs 2 --seeds 1 --img-size 64 --layers ela_b $(STUDY)
 
 ## study-gates    measure how far the gates of the study's ELA models moved
 # Measures how far the gates of the study's ELA models moved, and what they add. RUNS: --output of the study.

@@ -2,32 +2,25 @@
 
     python weights_cards/studies/gates.py DATA --runs output/study
 
-Reads the runs of study.py. Writes `<data>.gates.csv`, one row for each run and stage, and from it `<data>.gates.md`;
-and `<data>.gates.webp`, the gates of one run on three photographs.
+Reads the runs of study.py. Writes `<data>.gates.csv`, one row for each run and stage, and from it `<data>.gates.md`.
 """
 import argparse
 import copy
-import json
 from collections import defaultdict
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
 import timm
 import torch
 import yaml
-from PIL import Image
 from report import TITLES, markdown
-from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data import ImageDataset, create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from timm_ela import EfficientLocalAttention, plot_attention
-from timm_ela.models.registry import MODELS
+from timm_ela import EfficientLocalAttention
 
-# images of scikit-image
-PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee')
 INTRO = """\
 # Gates of ELA on {name}
 
@@ -84,12 +77,10 @@ def spreads(channels: Tensor) -> tuple[float, float, float]:
 def freeze(model: nn.Module) -> nn.Module:
     """Returns a copy of a model with its ELA at the neutral point, where every gate is 1/4."""
     frozen = copy.deepcopy(model)
-    neutral = MODELS[model.pretrained_cfg['architecture']].layer.neutral
-    assert neutral is not None
     for module in frozen.modules():
         if isinstance(module, EfficientLocalAttention):
-            for name in neutral.zeroed:
-                nn.init.zeros_(module.get_parameter(name))
+            nn.init.zeros_(module.gn.weight)
+            nn.init.zeros_(module.gn.bias)
     return frozen
 
 
@@ -100,33 +91,34 @@ def measure_top1(model: nn.Module, loader: DataLoader) -> float:
     return round(100 * right / len(loader.dataset), 4)
 
 
-def spaced(dataset, number: int) -> Subset:
-    """Returns images at equal distances in the dataset, which is sorted by class."""
-    number = min(number, len(dataset))
-    return Subset(dataset, [i * len(dataset) // number for i in range(number)])
-
-
-def measure_run(folder: Path, data: Path, images: int) -> tuple[nn.Module, list[dict[str, object]]]:
-    """Returns the model of a run after its last epoch, and the run's rows."""
+def load_run(run, folder: Path, data: Path) -> tuple[nn.Module, ImageDataset]:
+    """Returns the model of a run after its last epoch, and the test images, prepared as in train.py."""
     used = yaml.safe_load((folder / 'args.yaml').read_text())
-    model = timm.create_model(
-        used['model'], num_classes=used['num_classes'],
-        checkpoint_path=str(folder / f'checkpoint-{used["epochs"] - 1}.pth.tar'))
-    model = model.eval().to(memory_format=torch.channels_last)
-    config = resolve_data_config({'img_size': used['img_size'], 'crop_pct': used['crop_pct']}, model=model)
-    test = create_dataset('', data, split='test', transform=create_transform(**config))
-    # plot_attention reads these
-    model.pretrained_cfg.update(
-        {k: config[k] for k in ('input_size', 'crop_pct')}, label_names=[*test.reader.class_to_idx])
+    last = folder / f'checkpoint-{run.epochs - 1}.pth.tar'
+    model = timm.create_model(run.model, num_classes=used['num_classes'], checkpoint_path=last)
+    transform = create_transform(**resolve_data_config(used, model=model))
+    return (
+        model.eval().to(memory_format=torch.channels_last),
+        create_dataset('', data, split='test', transform=transform))
 
-    gates = measure_gates(model, DataLoader(spaced(test, images), 64))
-    top1 = json.loads((folder / 'validate.json').read_text())['top1']
+
+def measure_run(run, folder: Path, data: Path, images: int) -> list[dict[str, object]]:
+    """Returns a row for each stage of a run.
+
+    Args:
+        run: Row of the run in the study's table.
+        folder: Folder of the run.
+        data: Image folder with test/.
+        images: About as many test images, at equal distances, are put through the gates.
+    """
+    model, test = load_run(run, folder, data)
+    part = Subset(test, range(0, len(test), max(1, len(test) // images)))
+    gates = measure_gates(model, DataLoader(part, 64))
     frozen = measure_top1(freeze(model), DataLoader(test, 128))
-    return model, [
-        {'arm': MODELS[used['model']].layer.suffix, 'model': used['model'], 'seed': used['seed'], 'stage': stage,
-         'mean': round(mean, 5), 'spread': round(spread, 5), 'within': round(within, 5),
-         'images': min(images, len(test)), 'top1': top1, 'top1_frozen': frozen, 'test_images': len(test)}
-        for stage, (mean, spread, within) in sorted(gates.items())]
+    return [
+        {'arm': run.arm, 'model': run.model, 'seed': run.seed, 'stage': stage, 'mean': round(mean, 5),
+         'spread': round(spread, 5), 'within': round(within, 5), 'images': len(part), 'top1': run.top1,
+         'top1_frozen': frozen, 'test_images': len(test)} for stage, (mean, spread, within) in sorted(gates.items())]
 
 
 def page(table: pd.DataFrame, name: str) -> str:
@@ -144,22 +136,7 @@ def page(table: pd.DataFrame, name: str) -> str:
             f'{(runs.top1_frozen - runs.top1).mean():+.2f}',
             *(f'{moved[s]:+.3f}, {by_stage.spread[s]:.3f}, {by_stage.within[s]:.3f}' for s in stages)])
     intro = INTRO.format(name=name, images=table.images.max(), test_images=table.test_images.max())
-    return f'{intro}\n{markdown(rows)}\n\n![Gates on three photographs]({name}.gates.webp)\n'
-
-
-def draw(model: nn.Module, path: Path) -> None:
-    """Writes the gates of a model on three photographs, one below the other."""
-    from skimage import data as photographs
-
-    pictures = []
-    for name in PHOTOGRAPHS:
-        file = BytesIO()
-        plot_attention(Image.fromarray(getattr(photographs, name)()), model).savefig(file, format='png', dpi=100)
-        pictures.append(Image.open(file).convert('RGB'))
-    whole = Image.new('RGB', (max(p.width for p in pictures), sum(p.height for p in pictures)), 'white')
-    for i, picture in enumerate(pictures):
-        whole.paste(picture, (0, sum(p.height for p in pictures[:i])))
-    whole.save(path, quality=85)
+    return f'{intro}\n{markdown(rows)}\n'
 
 
 def main() -> None:
@@ -167,21 +144,16 @@ def main() -> None:
     parser.add_argument('data', type=Path, help='image folder with test/')
     parser.add_argument('--runs', type=Path, default=Path('output/study'), help='--output of study.py')
     parser.add_argument('--images', type=int, default=512, help='test images that the gates are measured on')
-    parser.add_argument('--draw', default='ela_b', help='arm whose gates are drawn, of the first seed')
     args = parser.parse_args()
-    rows: list[dict[str, object]] = []
-    drawn = None
-    for folder in sorted(path.parent for path in args.runs.glob('*_ela_*.seed*/validate.json')):
-        model, of_run = measure_run(folder, args.data, args.images)
-        rows += of_run
-        drawn = drawn or (model if of_run[0]['arm'] == args.draw else None)
-        print(f'{folder.name}: done', flush=True)
-    if drawn is None:
-        parser.error(f'there is no finished run of {args.draw} in {args.runs}')
-    path = args.runs / f'{args.data.name}.gates'
-    pd.DataFrame(rows).to_csv(f'{path}.csv', index=False, lineterminator='\n')
-    Path(f'{path}.md').write_text(page(pd.read_csv(f'{path}.csv'), args.data.name), encoding='utf-8')
-    draw(drawn, Path(f'{path}.webp'))
+    name = args.data.name
+    runs = pd.read_csv(args.runs / f'{name}.csv').query('arm.str.startswith("ela")')
+    rows = []
+    for run in runs.itertuples():
+        rows += measure_run(run, args.runs / f'{run.model}.seed{run.seed}', args.data, args.images)
+        print(f'{run.model} of seed {run.seed}: done', flush=True)
+    path = args.runs / f'{name}.gates.csv'
+    pd.DataFrame(rows).to_csv(path, index=False, lineterminator='\n')
+    path.with_suffix('.md').write_text(page(pd.read_csv(path), name), encoding='utf-8')
 
 
 if __name__ == '__main__':

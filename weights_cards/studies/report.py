@@ -1,12 +1,13 @@
-"""Makes the page and the picture of a study from its table, one row a run. What was not run is an empty cell."""
+"""Makes the page and the picture of a study from its table, one row a run."""
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from scipy import stats
 
 from timm_ela import ATTN_LAYERS
 
-ARMS = ('plain', 'se', 'cbam', 'eca', 'ca', 'gc', 'ela_t', 'ela_b', 'ela_s', 'ela_l')
 TITLES = {'plain': 'none', **{name: layer.title for name, layer in ATTN_LAYERS.items()}}
 # of Okabe and Ito, told apart by the colour-blind
 COLORS = {'plain': '#555555', 'ela': '#0072b2', 'other': '#e69f00'}
@@ -14,12 +15,11 @@ LEVEL = 0.05
 INTRO = """\
 # Attention layers fine-tuned on {name}
 
-Every row of [{name}.csv]({name}.csv) is one run of timm's `train.py` and `validate.py`, by `make study`. All arms of a
-seed start from the same function, up to rounding: ImageNet weights of EfficientNet-Lite0, grafted by `timm-ela
-convert`, and one head. They see the same images in the same order: [paired_train.py](paired_train.py) starts `train.py`
-and seeds its loader anew at each epoch. Seeds differ in the head, the layers' random weights, the order and the
-augmentation, not in the images. The number is the top-1 accuracy of the final epoch on the test split, in percent.
-Empty cells were not run.
+Every row of [{name}.csv]({name}.csv) is one run of timm's `train.py`, by `make study`. All arms of a seed start from
+the same function, up to rounding: ImageNet weights of EfficientNet-Lite0, grafted, and one head. They see the same
+images in the same order: [paired_train.py](paired_train.py) starts `train.py` and seeds its loader anew at each epoch.
+Seeds differ in the head, the layers' random weights, the order and the augmentation, not in the images. The number is
+the top-1 accuracy of the final epoch on the test split, in percent.
 
 - {train_images} training images, {test_images} test images, epochs: {epochs}, {img_size} px.
 - One recipe for all, chosen on the plain model: `{recipe}`.
@@ -33,41 +33,27 @@ Empty cells were not run.
 POWER = """\
 With {n} seeds and {arms} arms, the mean difference must exceed {ratio:.1f} standard deviations of the
   differences for the smallest corrected p to be below {level}. A difference that is not significant is no evidence that
-  there is none.
-"""
-SHORT = """\
-## An earlier study, from scratch
-
-Top-1 of {backbone}, trained from scratch for {epochs} epochs on {train_images} images at {img_size} px, means over the
-seeds: {means}.
-
-These are numbers of a short schedule, and its arms are not paired by seed. So far from convergence, they tell how fast
-a layer learns, not how good it is. [Its page](short-schedule/cifar10.md) has the rest.
-"""
+  there is none."""
 
 
 def holm(p: pd.Series) -> pd.Series:
     """Holm's correction of p-values for their number."""
     ordered = p.dropna().sort_values()
-    scaled = ordered * pd.Series(range(len(ordered), 0, -1), ordered.index)
-    return scaled.cummax().clip(upper=1).reindex(p.index)
+    return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1).reindex(p.index)
 
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:
     """One line for each arm: n, mean and deviation, and the paired difference to plain."""
-    by_seed = table.pivot(index='seed', columns='arm', values='top1').reindex(columns=list(ARMS))
-    lines = pd.DataFrame({'n': by_seed.count(), 'mean': by_seed.mean(), 'std': by_seed.std()})
+    by_seed = table.pivot(index='seed', columns='arm', values='top1')[list(table.arm.unique())]
     differences = by_seed.sub(by_seed['plain'], axis=0).drop(columns='plain')
-    for arm, values in differences.items():
-        values = values.dropna()
-        if len(values) > 1:
-            test = stats.ttest_1samp(values, 0)
-            lines.loc[arm, ['difference', 'low', 'high', 'p']] = (
-                values.mean(), *test.confidence_interval(1 - LEVEL), test.pvalue)
-    if 'p' in lines:
-        lines['p'] = holm(lines['p'])
-    first = table.groupby('arm').first()
-    return lines.join(first[['params', 'train_images_per_second']])
+    # a single seed has no spread: its interval and its p are NaN
+    with np.errstate(all='ignore'):
+        test = stats.ttest_1samp(differences, 0)
+        low, high = test.confidence_interval(1 - LEVEL)
+    paired = pd.DataFrame(
+        {'difference': differences.mean(), 'low': low, 'high': high, 'p': test.pvalue}, differences.columns)
+    lines = by_seed.agg(['count', 'mean', 'std']).T.join(paired.assign(p=holm(paired.p)))
+    return lines.join(table.groupby('arm')[['params', 'train_images_per_second']].first())
 
 
 def p_value(p: float) -> str:
@@ -76,16 +62,16 @@ def p_value(p: float) -> str:
 
 def power(lines: pd.DataFrame) -> str:
     """What a difference must be to count as significant, before any is looked at."""
-    if 'p' not in lines:
-        return ''
-    n, arms = int(lines.n.max()), int(lines.p.count())
+    n, arms = int(lines['count'].max()), int(lines.p.count())
+    if not arms:
+        return 'There are too few seeds for a test.'
     least = stats.t.ppf(1 - LEVEL / arms / 2, n - 1) / n ** 0.5
-    return POWER.format(n=n, arms=arms, ratio=least, level=LEVEL).strip()
+    return POWER.format(n=n, arms=arms, ratio=least, level=LEVEL)
 
 
 def verdict(lines: pd.DataFrame) -> str:
-    """Which arms differ from plain. It claims no more than the corrected test does."""
-    if 'p' not in lines:
+    """Which arms differ from plain. It claims no more than the corrected test does, and nothing without a test."""
+    if lines.p.isna().all():
         return ''
     shown = [f'{TITLES[arm]} {line.difference:+.2f} points (p {p_value(line.p)})'
              for arm, line in lines[lines.p < LEVEL].iterrows()]
@@ -97,15 +83,12 @@ def verdict(lines: pd.DataFrame) -> str:
 
 def cells(arm: str, line: pd.Series) -> list[str]:
     """The cells of an arm's line."""
-    if not line.n:
-        return [TITLES[arm], *[''] * 6]
-    deviation = f' ± {line["std"]:.2f}' if line.n > 1 else ''
-    difference, p = '', ''
-    if pd.notna(line.get('difference')):
-        difference = f'{line.difference:+.2f} [{line.low:+.2f}, {line.high:+.2f}]'
-        p = p_value(line.p).removeprefix('= ')
-    return [TITLES[arm], f'{int(line.n)}', f'{line["mean"]:.2f}{deviation}', difference, p, f'{int(line.params):,}',
-            f'{line.train_images_per_second:.0f}' if pd.notna(line.train_images_per_second) else '']
+    deviation = f' ± {line["std"]:.2f}' if line['count'] > 1 else ''
+    tested = ['', '']
+    if pd.notna(line.p):
+        tested = [f'{line.difference:+.2f} [{line.low:+.2f}, {line.high:+.2f}]', p_value(line.p).removeprefix('= ')]
+    return [TITLES[arm], f'{line["count"]:.0f}', f'{line["mean"]:.2f}{deviation}', *tested, f'{line.params:,.0f}',
+            f'{line.train_images_per_second:.0f}']
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -113,49 +96,35 @@ def markdown(rows: list[list[str]]) -> str:
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
-def short_schedule() -> str:
-    """A paragraph on the earlier study, read from its table."""
-    table = pd.read_csv(Path(__file__).with_name('short-schedule') / 'cifar10.csv').query('start == "scratch"')
-    mean = table.groupby('attention').top1.mean()
-    means = ', '.join(f'{TITLES[arm]} {mean[arm]:.1f} %' for arm in ARMS if arm in mean)
-    return SHORT.format(means=means, **table.iloc[0])
-
-
 def page(table: pd.DataFrame, name: str) -> str:
-    """The page of a study, from its table; that of CIFAR-10 also quotes the earlier study."""
+    """The page of a study, from its table."""
     lines = compare(table)
     header = ['attention', 'n', 'top-1 (%)', 'against plain [95 %]', 'p', 'parameters', 'training images/s']
-    rows = [header, ['---', *['---:'] * 6], *(cells(arm, lines.loc[arm]) for arm in ARMS)]
     values = {column: ', '.join(map(str, table[column].unique())) for column in table}
     parts = [
         INTRO.format(name=name, power=power(lines), **values),
-        markdown(rows),
+        markdown([header, ['---', *['---:'] * 6], *(cells(arm, line) for arm, line in lines.iterrows())]),
         verdict(lines),
-        f'![Top-1 beside the plain model\'s, parameters and training speed]({name}.png)',
-        short_schedule() if name == 'cifar10' else '']
+        f'![Top-1 beside the plain model\'s, parameters and training speed]({name}.png)']
     return '\n\n'.join(part.strip() for part in parts if part) + '\n'
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
     """Each arm's top-1 beside the plain model's, seed by seed and with the interval of the mean; its size and speed."""
-    from matplotlib.figure import Figure
-
-    lines = compare(table)
-    arms = [arm for arm in reversed(ARMS) if lines.n[arm]]
-    top1 = table.pivot(index='seed', columns='arm', values='top1').reindex(columns=list(ARMS))
-    figure = Figure(figsize=(11, 1.2 + 0.28 * len(arms)), layout='constrained')
+    lines = compare(table)[::-1]
+    top1 = table.pivot(index='seed', columns='arm', values='top1')
+    figure = Figure(figsize=(11, 1.2 + 0.28 * len(lines)), layout='constrained')
     paired, params, speed = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
     paired.axvline(0, color=COLORS['plain'])
-    for y, arm in enumerate(arms):
-        line, color = lines.loc[arm], COLORS['plain' if arm == 'plain' else 'ela' if arm.startswith('ela') else 'other']
+    for y, (arm, line) in enumerate(lines.iterrows()):
+        color = COLORS['plain' if arm == 'plain' else 'ela' if arm.startswith('ela') else 'other']
         params.plot(line.params / 1e6, y, 'o', color=color)
         speed.plot(line.train_images_per_second, y, 'o', color=color)
         if arm != 'plain':
             paired.plot(top1[arm] - top1['plain'], [y] * len(top1), 'o', color=color, alpha=0.4, markersize=4)
-        if pd.notna(line.get('difference')):
             paired.hlines(y, line.low, line.high, color=color)
             paired.plot(line.difference, y, 'D', color=color)
-    paired.set_yticks(range(len(arms)), [TITLES[arm] for arm in arms])
+    paired.set_yticks(range(len(lines)), [TITLES[arm] for arm in lines.index])
     paired.set_title('dots: seeds; diamond: mean, with its 95 % interval', fontsize=9)
     titles = {paired: "top-1 less the plain model's (points)", params: 'parameters (millions)',
               speed: 'training images per second'}
@@ -167,7 +136,6 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 def write_report(table: pd.DataFrame, path: Path) -> None:
     """Writes `<name>.csv`, and from it `<name>.md` and `<name>.png`."""
-    table = table.sort_values(['seed', 'arm'], key=lambda s: s.map(ARMS.index) if s.name == 'arm' else s)
     table.to_csv(path, index=False, lineterminator='\n')
     table = pd.read_csv(path)
     draw(table, path.with_suffix('.png'))
