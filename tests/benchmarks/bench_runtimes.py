@@ -7,6 +7,7 @@ runtimes. Each has its default number of threads, and LiteRT that of PyTorch.
 import argparse
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,22 +22,27 @@ import timm_ela  # noqa: F401  registers the models
 _logger = logging.getLogger(__name__)
 
 
-def executorch(model: nn.Module, x: Tensor, folder: Path) -> Callable[[], Tensor]:
-    """A call in ExecuTorch's runtime, lowered to XNNPACK."""
+def load_in_executorch(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
+    """Lowers a program to XNNPACK, saves it and loads it in ExecuTorch's runtime. A call overwrites the last output."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
     from executorch.runtime import Runtime
-    lowered = to_edge_transform_and_lower(torch.export.export(model, (x,)), partitioner=[XnnpackPartitioner()])
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     calls = [n.target for n in lowered.exported_program().graph.nodes if n.op == 'call_function']
     delegates = sum('delegate' in str(target) for target in calls)
     others = sum('delegate' not in str(target) and 'getitem' not in str(target) for target in calls)
     _logger.info(f'{delegates} delegates, {others} operators outside')
-    lowered.to_executorch().save(str(folder / 'model.pte'))
-    program = Runtime.get().load_program(folder / 'model.pte')
-    method = program.load_method('forward')
+    lowered.to_executorch().save(str(path))
+    loaded = Runtime.get().load_program(path)
+    method = loaded.load_method('forward')
     assert method is not None
-    # the program holds the memory that the method runs in
-    return lambda program=program: method.execute([x])[0]
+    # the loaded program holds the memory that the method runs in
+    return lambda x, loaded=loaded: method.execute([x])[0]
+
+
+def executorch(model: nn.Module, x: Tensor, folder: Path) -> Callable[[], Tensor]:
+    """A call in ExecuTorch's runtime."""
+    return partial(load_in_executorch(torch.export.export(model, (x,)), folder / 'model.pte'), x)
 
 
 def litert(model: nn.Module, x: Tensor, folder: Path) -> Callable[[], Tensor]:
