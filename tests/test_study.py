@@ -2,6 +2,7 @@
 import json
 import os
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -124,14 +125,11 @@ def test_the_page_of_the_gates_tells_how_far_they_moved_and_what_they_add():
 @pytest.fixture
 def pictures(tmp_path):
     rng = np.random.default_rng(0)
-    for split, count in (('train', 40), ('test', 8)):
-        for channel, name in enumerate(('green', 'blue', 'red')):
-            (tmp_path / 'tints' / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.normal(110, 40, (32, 32, 3))
-                pixels[..., channel] += 60
-                image = Image.fromarray(pixels.clip(0, 255).astype('uint8'))
-                image.save(tmp_path / 'tints' / split / name / f'{i}.png')
+    for folder in product(('train', 'test'), ('blue', 'green', 'red')):
+        path = tmp_path.joinpath('tints', *folder)
+        path.mkdir(parents=True)
+        for i in range(40):
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), 'uint8')).save(path / f'{i}.png')
     return tmp_path / 'tints'
 
 
@@ -177,7 +175,7 @@ def test_a_study_starts_all_arms_from_one_network_runs_once_and_goes_on_where_it
     assert (rows.train_images_per_second > 0).all()
     for row, folder in zip(rows.itertuples(), folders, strict=True):
         model, test = gates.load_run(row, folder, pictures)
-        assert row.top1 == gates.measure_top1(model, DataLoader(test, 24))
+        assert row.top1 == gates.measure_top1(model, DataLoader(test, 120))
 
     starts, x, logits = [torch.load(folder / 'start.pth') for folder in folders], torch.randn(2, 3, 32, 32), []
     assert all(torch.equal(starts[1][k], v) for k, v in starts[0].items() if 'bn3' not in k)
@@ -190,7 +188,7 @@ def test_a_study_starts_all_arms_from_one_network_runs_once_and_goes_on_where_it
     run([sys.executable, STUDIES / 'gates.py', pictures, '--runs', tmp_path])
     learnt = pd.read_csv(tmp_path / 'tints.gates.csv')
     assert list(learnt.stage) == [1, 2, 3, 4, 5, 6] and (learnt.top1 == rows.top1[1]).all()
-    assert (learnt.spread > 0).all() and (learnt.test_images == 24).all()
+    assert (learnt.spread > 0).all() and (learnt.test_images == 120).all()
 
     # the second epoch was cut off: what train.py left is the first one's checkpoint
     logs = [(folder / 'log').read_text() for folder in folders]
