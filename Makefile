@@ -62,28 +62,29 @@ conformance: $(INSTALLED)
 cards: $(INSTALLED)
 	$(BIN)/python weights_cards/make_cards.py
 
-## study          train ELA and the other layers with timm's scripts: 2 hours
-# Trains ELA and the other layers with timm's train.py, about 2 hours on two cores. It skips finished runs. Variables:
-# DATA, a folder with train/ and test/; TIMM_SCRIPTS, a folder with timm's scripts alone; DEVICE (cpu or cuda); JOBS,
-# runs at a time; STUDY, options of study.py.
+## study          train ELA and the other layers with timm's scripts: 2 to 5 hours
+# Trains ELA and the other layers with timm's train.py: STUDY=finetune takes about 2 hours on two cores, STUDY=scratch
+# about 5. It skips finished runs. Other variables: DATA, a folder with train/ and test/; TIMM_SCRIPTS, a folder with
+# timm's scripts alone; DEVICE (cpu or cuda); JOBS, runs at a time; OPTIONS of study.py.
+STUDY ?= finetune
 DEVICE ?= cpu
 JOBS ?= 2
-RUN_STUDY = $(BIN)/python weights_cards/studies/study.py '$(DATA)' --scripts '$(TIMM_SCRIPTS)' \
+RUN_STUDY = $(BIN)/python weights_cards/studies/study.py $(STUDY) '$(DATA)' --scripts '$(TIMM_SCRIPTS)' \
 	--device $(DEVICE) --jobs $(JOBS)
 
 study: $(INSTALLED)
-	$(RUN_STUDY) $(STUDY)
+	$(RUN_STUDY) $(OPTIONS)
 
 ## study-smoke    run the study on a few images
 study-smoke: $(INSTALLED)
 	$(RUN_STUDY) --output output/study-smoke \
-		--images 100 --epochs 2 --seeds 1 --img-size 64 --layers ela_b $(STUDY)
+		--images 100 --epochs 2 --seeds 1 --img-size 64 --layers ela_b $(OPTIONS)
 
 ## study-gates    measure how far the gates of the study's ELA models moved
-# Measures how far the gates of the study's ELA models moved, and what they add. RUNS: --output of the study.
-RUNS ?= output/study
+# Measures how far the gates of the study's ELA models moved, and what they add. TABLE: the table of the study.
+TABLE ?= output/study/$(notdir $(DATA)).$(STUDY).csv
 study-gates: $(INSTALLED)
-	$(BIN)/python weights_cards/studies/gates.py '$(DATA)' --runs '$(RUNS)'
+	$(BIN)/python weights_cards/studies/gates.py '$(DATA)' '$(TABLE)'
 
 ## bench          compare the speed of the models with that of the plain ones: 20 minutes
 # Compares the speed of the models with that of the plain ones: 20 minutes on two idle cores, and 2 more to compile each

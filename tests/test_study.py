@@ -12,6 +12,7 @@ import timm
 import torch
 from helpers import ROOT, run
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 
 from timm_ela import graft_state_dict
@@ -28,7 +29,6 @@ RUN = {
     'img_size': 96, 'recipe': '--opt sgd', 'hardware': 'a CPU', 'device': 'cpu', 'python': '3', 'torch': '2',
     'timm': '1', 'timm_ela': '0', 'train_py': 'ab',
 }
-BACKBONE = study.BACKBONE
 TOP1 = {'plain': (50, 51, 52), 'ela_b': (51, 53, 55), 'se': (52, 50, 53)}  # of the seeds 0, 1, 2
 
 
@@ -36,7 +36,7 @@ def page(top1: dict[str, tuple[float, ...]]) -> str:
     """The page of a study in which the seeds of each arm had this top-1."""
     return report.page(pd.DataFrame([
         {**RUN, 'arm': arm, 'seed': seed, 'top1': value}
-        for arm, values in top1.items() for seed, value in enumerate(values)]), 'data')
+        for arm, values in top1.items() for seed, value in enumerate(values)]), 'data.scratch')
 
 
 def cells(page: str, first: str) -> list[str]:
@@ -49,7 +49,9 @@ def test_an_interval_is_students_of_the_differences_seed_by_seed():
     text = page(TOP1)
     # differences 1, 2, 3: mean 2, standard deviation 1; the 97.5 % point of t with 2 degrees of freedom is 4.303
     assert cells(text, 'ELA-B')[:3] == ['3', '53.00 ± 2.00', f'+2.00 [{2 - 4.303 / 3 ** 0.5:+.2f}, +4.48]']
-    assert cells(text, 'none')[:4] == ['3', '51.00 ± 1.00', '', '']
+    assert cells(text, 'none') == ['3', '51.00 ± 1.00', '', '', '4,000,000', '41.7']  # 3 * 50,000 / 60 seconds
+    text = page({'plain': (9, 9, 9), 'ela_b': TOP1['plain'], 'ela_b_neutral': TOP1['ela_b']})
+    assert 'paired by seed: +2.00 points, with an uncorrected 95 % interval of [-0.48, +4.48]' in text
 
 
 def test_p_values_are_corrected_for_their_number():
@@ -137,6 +139,32 @@ needs_scripts = pytest.mark.skipif(
     'TIMM_SCRIPTS' not in os.environ, reason='TIMM_SCRIPTS is not set: the folder of timm\'s train.py and its like')
 
 
+def make_starts(name: str, arms: tuple[str, ...], seed: int = 0) -> list[nn.Module]:
+    """Models of a study's arms before training."""
+    starts = []
+    for arm in arms:
+        run = study.Run(arm, seed, study.model_name(study.STUDIES[name], arm), Path())
+        model = timm.create_model(run.model, num_classes=3).eval()
+        model.load_state_dict(study.make_start(study.STUDIES[name], run, 3))
+        starts.append(model)
+    return starts
+
+
+@pytest.mark.parametrize(('name', 'arms'), [('finetune', ('plain', 'ela_b')), ('scratch', ('plain', 'ela_b_neutral'))])
+def test_a_graft_starts_as_the_plain_model_of_its_seed(name, arms):
+    models, x = make_starts(name, arms), torch.randn(2, 3, 32, 32)
+    plain, grafted = (model(x) for model in models)
+    torch.testing.assert_close(grafted, plain, rtol=0, atol=1e-5 * plain.abs().max().item())
+    assert not models[1].get_parameter('blocks.2.0.se.gn.weight').any()
+    assert (make_starts(name, arms[:1], seed=1)[0](x) - plain).abs().max() > 0.1 * plain.abs().max()
+
+
+def test_from_scratch_all_arms_share_the_plain_models_weights_and_the_layers_are_as_published():
+    plain, se, ours = (model.state_dict() for model in make_starts('scratch', ('plain', 'se', 'ela_b')))
+    assert all(torch.equal(v, se[k]) and torch.equal(v, ours[k]) for k, v in plain.items())
+    assert (ours['blocks.2.0.se.gn.weight'] == 1).all() and se['blocks.2.0.se.fc2.weight'].any()
+
+
 @needs_scripts
 def test_two_arms_that_do_not_learn_have_the_same_losses_to_the_digit(pictures, tmp_path):
     """They stay the network they started as, the same to the bit: equal losses mean equal images in equal batches."""
@@ -161,50 +189,43 @@ def test_two_arms_that_do_not_learn_have_the_same_losses_to_the_digit(pictures, 
 
 
 @needs_scripts
-def test_a_study_starts_all_arms_from_one_network_runs_once_and_goes_on_where_it_was_cut_off(pictures, tmp_path):
-    plain, ours = folders = [tmp_path / f'{name}.seed0' for name in (BACKBONE, f'{BACKBONE}_ela_b')]
+def test_a_study_runs_once_and_goes_on_where_it_was_cut_off(pictures, tmp_path):
+    table, folder = tmp_path / 'tints.scratch.csv', tmp_path / 'tints.scratch'
+    plain, ours = folder / 'plain.seed0', folder / 'ela_b.seed0'
 
     def run_study(**kwargs):
         return run([
-            sys.executable, STUDIES / 'study.py', pictures, '--scripts', SCRIPTS, '--output', tmp_path,
+            sys.executable, STUDIES / 'study.py', 'scratch', pictures, '--scripts', SCRIPTS, '--output', tmp_path,
             '--layers', 'ela_b', '--seeds', 1, '--epochs', 2, '--images', 32, '--img-size', 32], **kwargs)
 
     run_study()
-    rows = pd.read_csv(tmp_path / 'tints.csv')
+    rows = pd.read_csv(table)
     assert list(rows.arm) == ['plain', 'ela_b'] and list(rows.train_images) == 2 * [96]
     assert (rows.train_images_per_second > 0).all()
-    for row, folder in zip(rows.itertuples(), folders, strict=True):
-        model, test = gates.load_run(row, folder, pictures)
-        assert row.top1 == gates.measure_top1(model, DataLoader(test, 120))
+    for row in rows.itertuples():
+        model, test = gates.load_run(row, folder / f'{row.arm}.seed0', pictures)
+        assert row.top1 == gates.measure_top1(model, DataLoader(test, 120)) == float(row.top1_by_epoch.split()[1])
 
-    starts, x, logits = [torch.load(folder / 'start.pth') for folder in folders], torch.randn(2, 3, 32, 32), []
-    assert all(torch.equal(starts[1][k], v) for k, v in starts[0].items() if 'bn3' not in k)
-    for name, weights in zip(rows.model, starts, strict=True):
-        model = timm.create_model(name, num_classes=3).eval()
-        model.load_state_dict(weights)
-        logits.append(model(x))
-    torch.testing.assert_close(*logits, rtol=0, atol=1e-5 * logits[0].abs().max().item())
-
-    run([sys.executable, STUDIES / 'gates.py', pictures, '--runs', tmp_path])
-    learnt = pd.read_csv(tmp_path / 'tints.gates.csv')
+    run([sys.executable, STUDIES / 'gates.py', pictures, table])
+    learnt = pd.read_csv(tmp_path / 'tints.scratch.gates.csv')
     assert list(learnt.stage) == [1, 2, 3, 4, 5, 6] and (learnt.top1 == rows.top1[1]).all()
     assert (learnt.spread > 0).all() and (learnt.test_images == 120).all()
 
     # the second epoch was cut off: what train.py left is the first one's checkpoint
-    logs = [(folder / 'log').read_text() for folder in folders]
+    logs = {path: (path / 'log').read_text() for path in (plain, ours)}
     before = torch.load(ours / 'checkpoint-1.pth.tar', weights_only=False)['state_dict']
     for name in ('checkpoint-1', 'last'):
         (ours / f'{name}.pth.tar').unlink()
     (ours / 'last.pth.tar').hardlink_to(ours / 'checkpoint-0.pth.tar')
     run_study()
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / 'tints.csv'), rows)
-    assert (plain / 'log').read_text() == logs[0]
-    added = (ours / 'log').read_text().removeprefix(logs[1])
+    pd.testing.assert_frame_equal(pd.read_csv(table), rows)
+    assert (plain / 'log').read_text() == logs[plain]
+    added = (ours / 'log').read_text().removeprefix(logs[ours])
     assert 'Train: 1 [' in added and 'Train: 0 [' not in added
     after = torch.load(ours / 'checkpoint-1.pth.tar', weights_only=False)['state_dict']
     assert all(torch.equal(v, after[k]) for k, v in before.items())
 
     made = json.loads((plain / 'study.json').read_text())
     (plain / 'study.json').write_text(json.dumps({**made, 'timm_ela': '0.0.1'}))
-    refused = run_study(exit_code=2)
+    refused = run_study(exit_code=1)
     assert f'timm_ela 0.0.1, not {made["timm_ela"]}: choose another --output' in refused.stderr

