@@ -79,7 +79,9 @@ def backbone_card(base: str) -> str:
         f'# {base} with Efficient Local Attention, and with the layers that ELA is compared with',
         'ELA multiplies a feature map by two gates, one computed from the means of its rows and one from the means of '
         f'its columns ([paper]({models[0].layer.paper.url})). ELA has four sizes: t, b, s, l. The other layers stand '
-        'in the same place, for comparison.',
+        'in the same place, for comparison.' + (
+            ' The attention that the hybrid MobileNetV4 has by itself is in other blocks, and stays.'
+            if 'hybrid' in base else ''),
         '## Models',
         table(['model', 'attention', 'parameters', 'multiply-adds'], rows),
         'At 224 x 224 pixels with 1000 classes. Multiply-adds are those of convolutions and matrix products, by '
@@ -87,7 +89,8 @@ def backbone_card(base: str) -> str:
         'block.',
         '## Weights',
         'Each tag is a graft: timm\'s weights of the plain model, and attention that changes nothing until it is '
-        'trained. The grafted model computes what the plain model does (ResNets bit for bit, others up to rounding) '
+        'trained. The grafted model computes what the plain model does (ResNets and MobileNetV4 bit for bit, others up '
+        'to rounding) '
         f'and trains as it does. The default is `{cfgs[0].tag}`.'
         + (f' There are none for {" and ".join(without)}: these layers cannot be set to change nothing.'
            if without else ''),

@@ -1,32 +1,21 @@
-"""timm's own model tests pass with each layer, on a cheap backbone; `make conformance` runs them on all models."""
+"""timm's own model tests pass on a backbone of each kind; `make conformance` runs them on all models."""
 import sys
 from collections import defaultdict
-from itertools import chain, cycle
 from xml.etree import ElementTree
 
 import conformance
 import pytest
 from helpers import ROOT, run
 
-from timm_ela.layers.attn_layers import ATTN_LAYERS
-
-# Each layer once, the first on timm's own padding 'same', the others on the cheapest of a family in turn.
-LAYERS = {layer.tag: layer.suffix for layer in reversed(ATTN_LAYERS.values())}  # of ELA's sizes, one
-BACKBONES = chain(['tf_efficientnet_lite0', 'mobilenetv4_conv_small_050'], cycle(('mobilenetv2_050', 'resnet18')))
-MODELS = tuple(f'{backbone}_{layer}' for backbone, layer in zip(BACKBONES, LAYERS.values(), strict=False))
-TRACED = *MODELS[:2], *MODELS[-2:]  # one of each backbone; tests/layers traces and scripts every layer
+# the cheapest backbone of each kind; tests/layers asks the same of every layer
+MODELS = ('tf_efficientnet_lite0_ela_b', 'mobilenetv4_conv_small_050_sa', 'mobilenetv2_050_triplet', 'resnet18_ca')
 # timm has up to twenty tags for a ResNet, and its test of settings runs for each.
-SELECTED = (
-    f'({" or ".join(MODELS)}) and not (default_cfgs and resnet and graft and not graft_a1_in1k) '
-    f'and not ((fx or torchscript) and not ({" or ".join(TRACED)}))')
+SELECTED = f'({" or ".join(MODELS)}) and not (default_cfgs and resnet and graft and not graft_a1_in1k)'
 # One of each way in which timm's tests select models: by name, with tags, by module.
 KINDS = {
     'test_model_forward', 'test_model_backward', 'test_model_default_cfgs', 'test_model_forward_features',
-    'test_model_forward_intermediates', 'test_prune_intermediate_layers_contract',
-}
-TRACING_KINDS = {
-    'test_model_forward_torchscript', 'test_model_forward_fx', 'test_model_backward_fx',
-    'test_model_forward_fx_torchscript',
+    'test_model_forward_intermediates', 'test_prune_intermediate_layers_contract', 'test_model_forward_torchscript',
+    'test_model_forward_fx', 'test_model_backward_fx', 'test_model_forward_fx_torchscript',
 }
 
 
@@ -52,7 +41,7 @@ def test_timms_model_tests_pass_on_our_models(tmp_path):
             model = next(model for model in MODELS if model in parameters)
             passed[model].add(kind)
     for model in MODELS:
-        assert passed[model] >= (KINDS | TRACING_KINDS if model in TRACED else KINDS)
+        assert passed[model] >= KINDS
 
 
 def test_tests_that_cannot_be_had_say_why(tmp_path, monkeypatch):

@@ -85,6 +85,8 @@ THEIRS = {  # their model, and ours that loads it: by graft where theirs has no 
     'plain': (lambda: TheirMobileNetV2(None), 'mobilenetv2_ela_b'),
     'torchvision': (torchvision.models.mobilenet_v2, 'mobilenetv2_ela_s'),
 }
+
+
 @pytest.fixture(scope='module')
 def theirs():
     """Each of THEIRS as if trained: where batch norm's statistics are not the data's, the image is lost on the way."""
@@ -177,10 +179,10 @@ def checkpoints(theirs):
 
 
 LITE = 'tf_efficientnet_lite0_ela_b'
-KWARGS = pytest.mark.parametrize('kwargs', [{}, {'num_classes': 7}, {'features_only': True}, {'in_chans': 1}], ids=str)
+# with a new head, timm's loader is not strict
+LOOSE = {'num_classes': 7, 'device': 'meta'}
 
 
-@KWARGS
 @pytest.mark.parametrize(('name', 'other', 'message'), [
     ('ca', 'mobilenetv2_ela_l',
      "'features.2.conv.6.conv1' stands where mobilenetv2_ela_l has 'blocks.1.0.se.conv': it is of another"),
@@ -197,9 +199,9 @@ KWARGS = pytest.mark.parametrize('kwargs', [{}, {'num_classes': 7}, {'features_o
     ('efficientnet_pytorch', 'mobilenetv2_sa', 'stands where mobilenetv2_sa has'),
     ('efficientnet_pytorch', 'efficientnet_lite0_ela_b', "needs TensorFlow's padding, which efficientnet_lite0_ela_b"),
 ])
-def test_what_does_not_map_is_named(checkpoints, name, other, message, kwargs):
+def test_what_does_not_map_is_named(checkpoints, name, other, message):
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        load(other, checkpoints[name], device='meta', **kwargs)
+        load(other, checkpoints[name], **LOOSE)
 
 
 LAYOUTS = pytest.mark.parametrize(
@@ -218,12 +220,11 @@ def test_a_safetensors_file_has_lost_the_order_and_is_refused(checkpoints, tmp_p
     assert not (tmp_path / 'ours').exists()
 
 
-@KWARGS
 @LAYOUTS
 @pytest.mark.parametrize(('order', 'message'), [
     (sorted, SORTED), (reversed, 'read by order, .* it is of another architecture, or not in the original')])
-def test_weights_in_another_order_are_refused(checkpoints, name, model, order, message, kwargs):
+def test_weights_in_another_order_are_refused(checkpoints, name, model, order, message):
     for old in (False, True):
         names = [k for k in order(checkpoints[name]) if not (old and k.endswith('num_batches_tracked'))]
         with pytest.raises(RuntimeError, match=message):
-            load(model, {k: checkpoints[name][k] for k in names}, device='meta', **kwargs)
+            load(model, {k: checkpoints[name][k] for k in names}, **LOOSE)
