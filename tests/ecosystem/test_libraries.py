@@ -105,6 +105,23 @@ def test_transformers(execute, write_my_model):
     ''', 'transformers')
 
 
+def test_libraries_that_compare_the_shapes_of_weights_load_every_layer(execute, write_my_model):
+    pytest.importorskip('accelerate', reason=EXTRA)
+    for name in ('resnet18_sa', 'resnet18_ela_s'):
+        write_my_model(name)
+        execute('''
+            import timm
+            from accelerate import load_checkpoint_and_dispatch
+            from transformers import AutoModelForImageClassification
+            reference, x = timm.create_model('local-dir:my-model', pretrained=True).eval(), torch.rand(2, 3, 96, 128)
+            model = AutoModelForImageClassification.from_pretrained('my-model').eval()
+            assert torch.equal(model(x).logits, reference(x))
+            empty = timm.create_model('local-dir:my-model', exportable=True).eval()
+            loaded = load_checkpoint_and_dispatch(empty, 'my-model/model.safetensors', device_map={'': 'cpu'})
+            torch.testing.assert_close(loaded(x), reference(x))
+        ''')
+
+
 def test_what_transformers_cannot_do_with_a_backbone_it_cannot_do_with_plain_timm_models(execute, write_my_model):
     pytest.importorskip('transformers', reason=EXTRA)
     outcomes = []
