@@ -31,7 +31,7 @@ def readme_block(title: str) -> str:
     text = Path(__file__).with_name('README.md').read_text(encoding='utf-8')
     (section,) = re.findall(rf'^##+ {re.escape(title)}\n(.*?)^##', text, re.DOTALL | re.MULTILINE)
     (code,) = re.findall(r'```python\n(.*?)```', section, re.DOTALL)
-    assert 'timm_ela' not in code
+    assert ('timm_ela' in code) == (title == 'YOLO with ELA as a row')
     return code
 
 
@@ -79,10 +79,11 @@ def execute(hub, tmp_path):
             'HF_ENDPOINT': hub.url, 'HF_HOME': tmp_path / 'hf', 'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_XET': '1',
             'NO_PROXY': '127.0.0.1', 'OMP_NUM_THREADS': '1', 'TORCHINDUCTOR_COMPILE_THREADS': '1',
             'CUDA_VISIBLE_DEVICES': '', 'ACCELERATE_USE_CPU': 'true',
+            'YOLO_OFFLINE': '1', 'YOLO_AUTOINSTALL': '0', 'YOLO_CONFIG_DIR': tmp_path / 'ultralytics',
         }
-        (tmp_path / 'code.py').write_text('\n'.join(parts))
+        (tmp_path / 'block.py').write_text('\n'.join(parts))
         launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', processes] * (processes > 1)
-        command = [sys.executable, *launch, tmp_path / 'code.py']
+        command = [sys.executable, *launch, tmp_path / 'block.py']
         lines = run(command, env=env, cwd=tmp_path, timeout=900).stdout.splitlines()
         assert lines[-1] == 'passed'
         return lines[:-1]

@@ -1,7 +1,72 @@
-"""Libraries that take a timm model: for segmentation, detection, training, Grad-CAM; and FSDP."""
+"""Libraries that take a timm model: for detection, segmentation, training, Grad-CAM; and FSDP."""
+from importlib.util import find_spec
+
+import numpy as np
 import pytest
+from PIL import Image
 
 EXTRA = "needs pip install '.[ecosystem]'"
+
+
+# found, not imported: an import writes settings into the home folder
+@pytest.mark.skipif(find_spec('ultralytics') is None, reason=EXTRA)
+@pytest.mark.parametrize(('title', 'trained'), {
+    'YOLO with a backbone by its name': '''
+        grafted = timm.create_model('mobilenetv2_ela_b', pretrained=True, features_only=True).state_dict()
+        before = YOLO('yolo26n-mobilenetv2-ela.yaml').model.model[0].state_dict()
+        assert all(torch.equal(p, grafted[k]) for k, p in before.items() if '.se.conv.' not in k)
+        after = model.model.model[0].state_dict()
+        gates = [k for k in before if '.se.gn.' in k]
+        assert len(gates) == 2 * 16
+        assert not any(before[k].any() for k in gates) and all(after[k].any() for k in gates)
+    ''',
+    'YOLO with ELA as a row': '''
+        layers = model.model.model[23:26]
+        assert all(isinstance(m, EfficientLocalAttention) and m.gn.bias.abs().min() > 0 for m in layers)
+
+        plain = YOLO('yolo26n.yaml')
+        plain.save('yolo26n.pt')
+        weights = YOLO('yolo26n-ela.yaml').load('yolo26n.pt').model.state_dict()
+        for k, p in plain.model.state_dict().items():
+            assert k.startswith('model.23.') or torch.equal(weights[k], p.half().float()), k
+
+        config['head'][-2][3][1] = "'t'"
+        YAML.save('yolo26n-ela-t.yaml', config)
+        assert YOLO('yolo26n-ela-t.yaml').model.model[25].conv.kernel_size == (5,)
+    ''',
+}.items())
+def test_ultralytics_yolo(execute, tmp_path, title, trained):
+    rng = np.random.default_rng(0)
+    for part, count in (('train', 8), ('val', 4)):
+        for i in range(count):
+            pixels, boxes = rng.integers(0, 60, (96, 96, 3), np.uint8), []
+            for channel, (x, y) in enumerate(rng.integers(0, 64, (3, 2))):
+                pixels[y:y + 32, x:x + 32, channel] = 255
+                boxes.append(f'{channel} {(x + 16) / 96} {(y + 16) / 96} {1 / 3} {1 / 3}')
+            (tmp_path / part).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / part / f'{i}.png')
+            (tmp_path / part / f'{i}.txt').write_text('\n'.join(boxes))
+    (tmp_path / 'my-data.yaml').write_text(
+        f'path: {tmp_path}\ntrain: train\nval: val\nnames: [red, green, blue]')
+    execute(trained, title)
+    execute('''
+        from onnxruntime import InferenceSession
+        from ultralytics import YOLO
+
+        model = YOLO('runs/detect/train/weights/best.pt')
+        x = torch.rand(1, 3, 96, 96)
+        expected = model.model.eval()(x)[0]
+        session = InferenceSession(model.export(format='onnx', imgsz=96), providers=['CPUExecutionProvider'])
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert y.shape == (1, 4 + 3, 12 ** 2 + 6 ** 2 + 3 ** 2)
+        assert (torch.from_numpy(y) - expected).abs().max() < 1e-4 * expected.abs().max()
+        try:
+            model.train(data='my-data.yaml', epochs=1, imgsz=96)
+        except KeyError as error:
+            assert error.args[0] in ('TimmFeatures', 'EfficientLocalAttention')
+        else:
+            raise AssertionError('trains without the name in ultralytics.nn.tasks')
+    ''')
 
 
 def test_segmentation_models_pytorch(execute):
@@ -70,6 +135,25 @@ def test_torchvision_detection_on_elsa_swin(execute):
         with torch.no_grad():
             assert all(f['boxes'].shape == (len(f['scores']), 4) for f in elsa(images))
     ''', 'torchvision detection on ELSA-Swin')
+
+
+def test_effdet(execute):
+    pytest.importorskip('effdet', reason=EXTRA)
+    execute('''
+        import timm
+        grafted = timm.create_model('mobilenetv2_ela_b', pretrained=True, features_only=True).state_dict()
+        assert all(torch.equal(p, grafted[k]) for k, p in model.backbone.state_dict().items() if '.se.conv.' not in k)
+
+        images = torch.rand(2, 3, 256, 256)
+        boxes = torch.tensor([[[10.0, 20, 120, 140]], [[0, 0, 60, 60]]])
+        train(images, {'bbox': boxes, 'cls': torch.tensor([[1.0], [3]])})['loss'].backward()
+        gates = [p for name, p in model.named_parameters() if '.se.gn.' in name]
+        assert len(gates) == 2 * 16
+        assert all(p.grad.abs().sum() > 0 for p in gates)
+        with torch.no_grad():
+            found = predict.eval()(images)
+        assert found.shape == (2, 100, 6) and found.isfinite().all()
+    ''', 'effdet')
 
 
 def test_transformers(execute, write_my_model):
@@ -163,6 +247,28 @@ def test_transformers_trainer(execute, write_my_model):
         assert torch.equal(AutoModelForImageClassification.from_pretrained('my-finetuned').eval()(x).logits, logits)
         assert torch.equal(timm.create_model('local-dir:my-finetuned', pretrained=True).eval()(x), logits)
     ''', 'transformers\' Trainer')
+
+
+def test_fastai(execute, tmp_path):
+    pytest.importorskip('fastai', reason=EXTRA)
+    rng = np.random.default_rng(0)
+    for name in ('ant', 'bee'):
+        (tmp_path / 'my-images' / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(0, 256, (96, 96, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / 'my-images' / name / f'{i}.png')
+    (prediction,) = execute('''
+        import timm
+        before = timm.create_model('mobilenetv2_ela_b', pretrained=True, num_classes=0).state_dict()
+        after = learner.model[0].model.state_dict()
+        assert before.keys() == after.keys()
+        assert sum('.se.' in k and not torch.equal(before[k], after[k]) for k in before) == 3 * 16
+        print(learner.predict('my-images/bee/0.png'))
+    ''', 'fastai')[-1:]
+    assert execute('''
+        from fastai.vision.all import load_learner
+        print(load_learner('my-images/my-learner.pkl').predict('my-images/bee/0.png'))
+    ''')[-1] == prediction
 
 
 def test_accelerate(execute, write_my_model):
