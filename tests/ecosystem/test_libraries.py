@@ -13,7 +13,7 @@ EXTRA = "needs pip install '.[ecosystem]'"
 @pytest.mark.parametrize(('title', 'trained'), {
     'YOLO with a backbone by its name': '''
         grafted = timm.create_model('mobilenetv2_ela_b', pretrained=True, features_only=True).state_dict()
-        before = YOLO('yolo26n-mobilenetv2-ela.yaml').model.model[0].state_dict()
+        before = YOLO('yolo26n-timm.yaml').model.model[0].state_dict()
         assert all(torch.equal(p, grafted[k]) for k, p in before.items() if '.se.conv.' not in k)
         after = model.model.model[0].state_dict()
         gates = [k for k in before if '.se.gn.' in k]
@@ -59,7 +59,8 @@ def test_ultralytics_yolo(execute, tmp_path, title, trained):
         session = InferenceSession(model.export(format='onnx', imgsz=96), providers=['CPUExecutionProvider'])
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         assert y.shape == (1, 4 + 3, 12 ** 2 + 6 ** 2 + 3 ** 2)
-        assert (torch.from_numpy(y) - expected).abs().max() < 1e-4 * expected.abs().max()
+        # without ELA, boxes move by 2e-3
+        torch.testing.assert_close(torch.from_numpy(y), expected, rtol=0, atol=3e-4)
         try:
             model.train(data='my-data.yaml', epochs=1, imgsz=96)
         except KeyError as error:
