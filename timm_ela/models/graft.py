@@ -39,8 +39,8 @@ class Slot(NamedTuple):
 
 def find_slot(block: nn.Module, slots: Sequence[Slot]) -> Slot | None:
     """Returns the first slot of the block's class whose norm the block has. None if it has no slot."""
-    names = {name for name, _ in block.named_modules()}
-    return next((slot for slot in slots if isinstance(block, slot.block) and slot.before in names), None)
+    fitting = (slot for slot in slots if isinstance(block, slot.block) and slot.before in dict(block.named_modules()))
+    return next(fitting, None)
 
 
 def graft(
