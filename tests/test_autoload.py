@@ -3,7 +3,6 @@
 Every claim is made of a process of its own: a fork (`forks`) of an interpreter that has imported torch and torchvision.
 """
 import inspect
-import pickle
 import sys
 import zipfile
 from collections.abc import Callable
@@ -80,14 +79,6 @@ def test_the_models_follow_a_timm_that_is_imported_anew(forks):
     ''')
     assert done.stdout == f'{NUMBER}\n' * 4
     assert not done.stderr
-
-
-def test_a_pickled_model_needs_no_hook(forks, tmp_path):
-    """As it comes to a spawned process, or out of torch.save(model)."""
-    path = tmp_path / 'model.pickle'
-    path.write_bytes(pickle.dumps(timm.create_model('resnet18_ela_t')))
-    code = f'import pickle, sys; model = pickle.load(open(sys.argv[1], "rb")); import timm; {COUNT}'
-    assert forks(code, path, hook=False).stdout == f'{NUMBER}\n'
 
 
 # What it costs
@@ -180,4 +171,4 @@ def test_a_package_without_its_models_says_once_that_it_is_incomplete(forks):
     """As in an application whose builder did not find them."""
     code = 'import sys; sys.modules["timm_ela.models"] = None; import timm_ela, timm; import timm_ela'
     (line,) = forks(code, hook=False).stderr.splitlines()
-    assert line.endswith('The package timm_ela is incomplete.') and line.count('timm_ela.models') == 1
+    assert line.endswith('The package timm_ela is incomplete.')

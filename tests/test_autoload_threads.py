@@ -62,6 +62,27 @@ def test_every_thread_that_has_imported_timm_knows_the_models(forks):
     assert not done.stderr
 
 
+def test_a_family_whose_import_fails_in_another_thread_is_imported_here(forks):
+    """An import statement would wait for the other thread, and then take what it left for the module."""
+    assert forks('''
+        import importlib, sys, threading, time
+        import timm, timm_ela
+        name = 'timm_ela.models.elsa_swin'
+        loader = sys.modules.pop(name).__loader__
+        started = threading.Event()
+        def fail(self, module):
+            del type(loader).exec_module
+            started.set()
+            time.sleep(1)
+            raise ImportError('as timm is not loaded yet')
+        type(loader).exec_module = fail
+        threading.Thread(target=importlib.import_module, args=(name,)).start()
+        started.wait()
+        timm_ela.install()
+        print(name in sys.modules)
+    ''').stdout == 'True\n'
+
+
 # Cut off
 OURS = 'timm_ela.models.attn_efficientnet'
 FAILS_ONCE = '''

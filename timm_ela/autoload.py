@@ -3,15 +3,21 @@
 PyTorch (2.5 or newer) calls `install` at the end of `import torch` (entry point group `torch.backends` in
 pyproject.toml). This file uses the standard library only and never raises: an error would break `import torch` itself.
 """
+import importlib
 import logging
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # For PyInstaller and its like, which find the modules of an application by its import statements. They must not
+    # run: where another thread's import of a module fails, the statement can return what is left of the module.
+    from .models import attn_efficientnet, attn_resnet, elsa_swin, elsa_volo  # noqa: F401
 
 _TARGET = 'timm.models'
+_FAMILIES = ('attn_resnet', 'attn_efficientnet', 'elsa_swin', 'elsa_volo')
 _registering = threading.Lock()
 _logger = logging.getLogger(__package__)
 
@@ -31,14 +37,12 @@ def import_families(retry: bool = True) -> None:
     failed: dict[str, Exception] = {}
     try:
         _forget_another_timm()
-        with _collect(failed, 'attn_resnet'):
-            from .models import attn_resnet  # noqa: F401
-        with _collect(failed, 'attn_efficientnet'):
-            from .models import attn_efficientnet  # noqa: F401
-        with _collect(failed, 'elsa_swin'):
-            from .models import elsa_swin  # noqa: F401
-        with _collect(failed, 'elsa_volo'):
-            from .models import elsa_volo  # noqa: F401
+        for family in _FAMILIES:
+            try:
+                importlib.import_module(f'{__package__}.models.{family}')
+            except Exception as error:
+                # a changed timm can raise anything, and the user's import of timm must go on
+                failed[family] = error
     finally:
         _registering.release()
     if failed and retry and threading.active_count() > 1:
@@ -47,21 +51,13 @@ def import_families(retry: bool = True) -> None:
         threading.Thread(target=import_families, args=(False,), daemon=True).start()
     elif failed:
         told = '; '.join(dict.fromkeys(f'{type(error).__name__}: {error}'.rstrip('.') for error in failed.values()))
-        # a missing module of ours is the name of an ImportError
-        incomplete = any(str(getattr(error, 'name', '')).startswith(__package__) for error in failed.values())
-        version = getattr(sys.modules.get('timm'), '__version__', 'unknown')
-        cause = f'The package {__package__} is incomplete' if incomplete else f'This is timm {version}'
+        missing = [str(error.name) for error in failed.values() if isinstance(error, ModuleNotFoundError)]
+        if any(name.startswith(__package__) for name in missing):
+            cause = 'The package timm_ela is incomplete'
+        else:
+            cause = f'This is timm {getattr(sys.modules.get("timm"), "__version__", "of an unknown version")}'
         # no Python warning: with python -W error, it would make the user's import of timm fail
-        _logger.warning(f'Not registered by {__package__}: {", ".join(failed)}. {told}. {cause}.')
-
-
-@contextmanager
-def _collect(failed: dict[str, Exception], family: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # a changed timm can raise anything, and the user's import of timm must go on
-        failed[family] = error
+        _logger.warning(f'Not registered by timm_ela: {", ".join(failed)}. {told}. {cause}.')
 
 
 def _forget_another_timm() -> None:
