@@ -46,7 +46,7 @@ def test_make_alone_lists_the_targets_and_does_nothing():
     if not shutil.which('make'):
         pytest.skip('there is no make')
     targets = next(line for line in (ROOT / 'Makefile').read_text().splitlines() if line.startswith('.PHONY: '))
-    lines = run(['make'], cwd=ROOT).stdout.splitlines()
+    lines = run(['make', '--no-print-directory'], cwd=ROOT).stdout.splitlines()
     assert [line.split()[:2] for line in lines] == [['make', name] for name in targets.split()[2:]]
 
 

@@ -80,7 +80,9 @@ def _classes_and_channels(state_dict: dict[str, Tensor], model: nn.Module) -> di
 
 
 def _load(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    model.load_state_dict(check_weights(state_dict, model))
+    state_dict = check_weights(state_dict, model)
+    with errors_name(f'The weights are not those of {model.pretrained_cfg["architecture"]}'):
+        model.load_state_dict(state_dict)
     # after loading, since a float64 may be too large for a float32
     check_finite(model.state_dict())
 
@@ -154,7 +156,8 @@ def export_run(
     Raises:
         FileNotFoundError: If run_dir, its args.yaml or the checkpoint does not exist.
         FileExistsError: If out_dir holds anything or, with `force`, anything but an export.
-        ValueError: If a file cannot be read or has invalid content, such as weights that are not finite.
+        ValueError: If a file cannot be read or has invalid content, such as weights that are not finite or that have
+            other shapes than the model's.
         RuntimeError: If the weights are not those of the run's model.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
