@@ -36,9 +36,9 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 import timm
 end = time.monotonic() + {patience}
-while time.monotonic() < end and len(timm.list_models('*_ela_*')) < {number}:
+while (count := len(timm.list_models('*_ela_*'))) != {number} and time.monotonic() < end:
     time.sleep(0.1)
-print(len(timm.list_models('*_ela_*')))
+print(count)
 '''
 
 
