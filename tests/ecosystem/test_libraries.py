@@ -48,6 +48,8 @@ def test_ultralytics_yolo(execute, tmp_path, title, trained):
             (tmp_path / part / f'{i}.txt').write_text('\n'.join(boxes))
     (tmp_path / 'my-data.yaml').write_text(
         f'path: {tmp_path}\ntrain: train\nval: val\nnames: [red, green, blue]')
+    # Ultralytics takes the git checkout that it is installed in for its own
+    execute(f'from ultralytics import settings; settings.update(runs_dir={str(tmp_path / "runs")!r})')
     execute(trained, title)
     execute('''
         from onnxruntime import InferenceSession
