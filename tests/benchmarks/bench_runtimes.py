@@ -26,8 +26,9 @@ def load_in_executorch(program: torch.export.ExportedProgram, path: Path) -> Cal
     """Lowers a program to XNNPACK, saves it and loads it in ExecuTorch's runtime. A call overwrites the last output."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir.passes.constant_prop_pass import constant_prop_pass
     from executorch.runtime import Runtime
-    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    lowered = to_edge_transform_and_lower(constant_prop_pass(program), partitioner=[XnnpackPartitioner()])
     calls = [n.target for n in lowered.exported_program().graph.nodes if n.op == 'call_function']
     delegates = sum('delegate' in str(target) for target in calls)
     others = sum('delegate' not in str(target) and 'getitem' not in str(target) for target in calls)

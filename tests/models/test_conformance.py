@@ -14,8 +14,8 @@ SELECTED = f'({" or ".join(MODELS)}) and not (default_cfgs and resnet and graft 
 # One of each way in which timm's tests select models: by name, with tags, by module.
 KINDS = {
     'test_model_forward', 'test_model_backward', 'test_model_default_cfgs', 'test_model_forward_features',
-    'test_model_forward_intermediates', 'test_prune_intermediate_layers_contract', 'test_model_forward_torchscript',
-    'test_model_forward_fx', 'test_model_backward_fx', 'test_model_forward_fx_torchscript',
+    'test_model_forward_intermediates', 'test_model_forward_torchscript', 'test_model_forward_fx',
+    'test_model_backward_fx', 'test_model_forward_fx_torchscript',
 }
 
 
