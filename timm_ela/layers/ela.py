@@ -152,7 +152,7 @@ def strips(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.fx.wrap
 def strip_conv(z: Tensor, weight: Tensor) -> Tensor:
     """conv1d of z (N, C, L) with weight (C, C / groups, K), padded to the same length."""
-    # conv2d, since conv1d does not use oneDNN for short strips, and inductor does not vectorize the product after it
+    # conv2d: conv1d is slower in channels_last, ExecuTorch fails on it, and inductor does not vectorize what follows it
     if torch.jit.is_scripting() or not (needs_backward([z, weight]) and weight.shape[1] == 1 and runs_on_cpu(z)):
         (n, c, length), half, groups = z.shape, weight.shape[2] // 2, weight.shape[0] // weight.shape[1]
         if not torch.jit.is_scripting() and not is_tracing() and c != weight.shape[0]:
@@ -246,7 +246,7 @@ class _Gate(Function):
 
 
 class _DepthwiseConv(Function):
-    """Depthwise `strip_conv`. On a CPU, PyTorch's own backward pass takes many times as long."""
+    """Depthwise `strip_conv`. On a CPU, PyTorch's own backward pass takes several times as long for large batches."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, weight: Tensor) -> Tensor:
