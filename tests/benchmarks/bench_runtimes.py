@@ -89,6 +89,7 @@ RUNTIMES: dict[str, Callable[[nn.Module, Tensor, Path], Callable[[], Tensor]]] =
 }
 BASES = {  # plain model -> prefix of those with attention
     'mobilenetv2_100': 'mobilenetv2',
+    'mobilenetv4_conv_small': 'mobilenetv4_conv_small',
     'resnet50': 'resnet50',
     'tf_efficientnet_lite0': 'tf_efficientnet_lite0',
 }
