@@ -16,8 +16,11 @@ ROOT = Path(__file__).parents[1]
 VERSIONS = {
     'lowest': ('3.10', ['torch==2.5', 'timm==1.0.26', 'huggingface_hub==0.34']),
     'highest': ('3.13', ['torch', 'timm', 'huggingface_hub']),
+    # beside what needs huggingface_hub below 1.0
+    'transformers4': ('3.11', ['torch', 'timm', 'huggingface_hub<1', 'transformers<5', 'accelerate']),
 }
 TESTS = ['layers', 'models', 'hub/test_push.py', 'test_autoload.py']
+TESTS_OF = {'transformers4': ['hub', 'ecosystem/test_libraries.py']}
 # PyTorch 2.5 exports no dynamic height and width of a plain ResNet either, and no batch norm to ONNX. It exports by
 # dynamo, where ELA's form for phones is not taken, and its torch.fx cannot trace its pruning. timm 1.0.26 saves no
 # arguments of a model by itself, makes no new head for a pruned EfficientNet, and gives a Swin no window that is not
@@ -27,7 +30,8 @@ DESELECTED = {
               'and not (attn_layers and (exported and not ela_ or onnxruntime)) '
               'and not only_operators_that_phones_have and not (pruned and transformed) '
               'and not saved_model_keeps_its_slot and not (test_models and compiles_as_one_graph) '
-              'and not does_what_timms_swin_does'}
+              'and not does_what_timms_swin_does',
+    'transformers4': 'hub or libraries_that_compare_the_shapes'}
 REPORT = '''
 import sys, huggingface_hub, timm, torch
 print('Python', sys.version.split()[0], *(f'{m.__name__} {m.__version__}' for m in (torch, timm, huggingface_hub)))
@@ -58,7 +62,7 @@ def run(*command: str | Path) -> bool:
 def check(name: str, keep: bool) -> bool:
     """Installs one row's versions and runs the tests with them."""
     env = ROOT / f'.venv-compat-{name}'
-    tests = [ROOT / 'tests' / test for test in TESTS]
+    tests = [ROOT / 'tests' / test for test in TESTS_OF.get(name, TESTS)]
     try:
         return install(name, env) and run(env / 'bin/python', '-c', REPORT) and run(
             env / 'bin/python', '-m', 'pytest', '-n', '2', '--dist', 'loadfile', '-k', DESELECTED.get(name, ''), *tests)

@@ -12,6 +12,8 @@ expanded width, before the projection. That is the place of timm's `se`. Nobody 
 from functools import partial
 
 from timm.models import build_model_with_cfg, model_entrypoint
+
+# the one private name of timm that is used here: timm 1.0.26 to 1.0.31 have the blocks in no other place
 from timm.models._efficientnet_blocks import InvertedResidual, UniversalInvertedResidual
 from timm.models.efficientnet import efficientnet_init_weights, pretrained_cfg_for_features
 from torch import nn
