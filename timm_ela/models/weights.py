@@ -1,5 +1,5 @@
 """Reads the weights in a checkpoint, and compares their names with a model's."""
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from timm.models import clean_state_dict, get_pretrained_cfg
@@ -18,7 +18,7 @@ def unwrap(state_dict: dict[str, Any]) -> dict[str, Tensor]:
     return {k.removeprefix('model.') if is_lightning else k: v for k, v in state_dict.items()}
 
 
-def difference(state_dict: Mapping[str, Tensor], model: nn.Module, without: Collection[str] = ()) -> str:
+def difference(state_dict: Mapping[str, Tensor], model: nn.Module, without: Iterable[str] = ()) -> str:
     """Says which weights a checkpoint lacks and which it has too many, with the first of each. Empty if there are none.
 
     timm's loader is not strict where it makes a new head, and would leave missing weights at random values. The head
@@ -41,7 +41,8 @@ def difference(state_dict: Mapping[str, Tensor], model: nn.Module, without: Coll
         # old checkpoints have no num_batches_tracked
         return not key.startswith(heads) and not key.endswith('num_batches_tracked')
 
-    wanted = [k for k in model.state_dict() if k not in without]
+    without = set(without)
+    wanted = dict.fromkeys(k for k in model.state_dict() if k not in without)
     missing = [k for k in wanted if k not in state_dict and counts(k)]
     unexpected = [k for k in state_dict if k not in wanted and counts(k)]
     differing = [
