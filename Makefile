@@ -45,7 +45,7 @@ ecosystem: $(ECOSYSTEM)/.installed $(EDGE)/.installed
 	$(ECOSYSTEM)/bin/python -m pytest -n 2 tests/ecosystem --ignore tests/ecosystem/test_deployment.py
 	$(EDGE)/bin/python -m pytest -n 2 tests/ecosystem/test_deployment.py
 
-## compat         run a part of the tests with the lowest and the highest versions that the metadata admits
+## compat         run a part of the tests with the lowest and the highest versions that the metadata admits, and transformers 4
 compat:
 	$(PYTHON) tests/compat.py
 

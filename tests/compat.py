@@ -1,4 +1,4 @@
-"""The lowest and the highest versions that pyproject.toml admits, each set in an environment of its own.
+"""The lowest and the highest versions that pyproject.toml admits, and transformers 4, each set in its own environment.
 
     python tests/compat.py [--keep] [NAME ...]    without a name: every row of VERSIONS
 
