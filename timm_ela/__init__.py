@@ -9,7 +9,7 @@ from typing import Any
 
 from .autoload import install
 
-__version__ = '0.3.0'
+__version__ = '0.4.0'
 __all__ = ['ATTN_LAYERS', 'EfficientLocalAttention', 'VARIANTS', '__version__', 'graft_state_dict', 'plot_attention']
 
 

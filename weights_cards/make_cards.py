@@ -8,6 +8,8 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from timm.models import get_arch_pretrained_cfgs
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ela.hub.cards import card_data, citation, needs
@@ -29,11 +31,26 @@ ELSA_RECIPES = {
 
 
 def measure(name: str) -> Counts:
-    """Counts parameters and multiply-adds of a timm model without allocating its weights."""
-    model = timm.create_model(name, num_classes=1000, device='meta').eval()
+    """Counts parameters, multiply-adds and saved bytes of a timm model without allocating its weights."""
+    model = timm.create_model(name, num_classes=1000, device='meta')
+    # two images, since batch norm cannot train on one value of a channel
+    images = torch.empty(2, 3, 224, 224, device='meta')
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        model(torch.empty(1, 3, 224, 224, device='meta'))
-    return Counts(sum(p.numel() for p in model.parameters()), flops.get_total_flops() // 2)
+        model.eval()(images)
+    weights = {StorageWeakRef(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
+    saved = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[StorageWeakRef(storage)] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # the output keeps the saved tensors alive, so that no storage takes the place of another
+        output = model.train()(images)  # noqa: F841
+    kept = sum(size for storage, size in saved.items() if storage not in weights)
+    return Counts(
+        sum(p.numel() for p in model.parameters()), flops.get_total_flops() // 2 // len(images), kept // len(images))
 
 
 def write_counts(path: Path) -> None:
@@ -56,16 +73,19 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return '\n'.join(f'| {" | ".join(row)} |' for row in (header, rules, *rows))
 
 
+def costs(name: str) -> list[str]:
+    """Returns a model's cells: parameters, multiply-adds, and MiB that a training step keeps for each image."""
+    counts = read_counts()[name]
+    return [f'{counts.params:,}', f'{counts.macs:,}', f'{counts.saved / 2 ** 20:.1f}']
+
+
 def backbone_card(base: str) -> str:
     """Returns the card of one plain timm model with each attention layer."""
     models = [model for model in MODELS.values() if model.base == base]
     grafted = [model for model in models if model.layer.neutral]
-    counts = read_counts()
-    rows = [[f'`{base}`', 'none', f'{counts[base].params:,}', f'{counts[base].macs:,}']]
+    rows = [[f'`{base}`', 'none', *costs(base)]]
     for model in models:
-        params, macs = counts[model.name]
-        rows.append([
-            f'`{model.name}`', f'[{model.layer.title}]({model.layer.paper.url})', f'{params:,}', f'{macs:,}'])
+        rows.append([f'`{model.name}`', f'[{model.layer.title}]({model.layer.paper.url})', *costs(model.name)])
     cfgs = list(get_arch_pretrained_cfgs(grafted[0].name).values())
     licenses = sorted({cfg.license or 'not stated' for cfg in cfgs})
     without = [model.layer.title for model in models if model not in grafted]
@@ -83,10 +103,10 @@ def backbone_card(base: str) -> str:
             ' The attention that the hybrid MobileNetV4 has by itself is in other blocks, and stays.'
             if 'hybrid' in base else ''),
         '## Models',
-        table(['model', 'attention', 'parameters', 'multiply-adds'], rows),
+        table(['model', 'attention', 'parameters', 'multiply-adds', 'memory of training (MiB)'], rows),
         'At 224 x 224 pixels with 1000 classes. Multiply-adds are those of convolutions and matrix products, by '
-        'torch\'s FlopCounterMode; element-wise products are not counted. Strip Pooling adds about 7 C^2 parameters a '
-        'block.',
+        'torch\'s FlopCounterMode; element-wise products are not counted. The memory is what a training step in '
+        'float32 keeps for its backward pass, for each image. Strip Pooling adds about 7 C^2 parameters a block.',
         '## Weights',
         'Each tag is a graft: timm\'s weights of the plain model, and attention that changes nothing until it is '
         'trained. The grafted model computes what the plain model does (ResNets and MobileNetV4 bit for bit, others up '
@@ -115,9 +135,7 @@ model = timm.create_model('{grafted[1].name}.{cfgs[0].tag}', pretrained=True)
 
 def elsa_card(model: Model) -> str:
     """Returns the card of an ELSA-Swin or an ELSA-VOLO."""
-    counts = read_counts()
-    rows = [
-        [f'`{name}`', f'{counts[name].params:,}', f'{counts[name].macs:,}'] for name in (model.name, model.base)]
+    rows = [[f'`{name}`', *costs(name)[:2]] for name in (model.name, model.base)]
     what, macs, *rest = elsa_volo_texts() if model.layer is ELSA_VOLO else elsa_swin_texts(model)
     return card(
         card_data('elsa'),

@@ -63,10 +63,12 @@ class Counts(NamedTuple):
     Attributes:
         params: Parameters.
         macs: Multiply-adds of convolutions and matrix products, by torch's FlopCounterMode.
+        saved: Bytes that a training step in float32 keeps for its backward pass, per image.
     """
 
     params: int
     macs: int
+    saved: int
 
 
 MODELS: dict[str, Model] = {}
@@ -142,7 +144,7 @@ def register_base_names(module: str, models: Iterable[Model]) -> None:
 def read_counts() -> dict[str, Counts]:
     """Returns the costs of our models and of the plain ones, which `make cards` measures."""
     with files(__package__).joinpath('counts.csv').open(encoding='utf-8') as file:
-        return {row['name']: Counts(int(row['params']), int(row['macs'])) for row in csv.DictReader(file)}
+        return {row.pop('name'): Counts(**{k: int(v) for k, v in row.items()}) for row in csv.DictReader(file)}
 
 
 def graft_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
