@@ -14,10 +14,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import timm
 import torch
-from timing import Call, describe, interleave, markdown, ratio
+from timing import BASES, Call, describe, interleave, markdown, names_of, ratio
 from torch import Tensor, nn
-
-import timm_ela  # noqa: F401  registers the models
 
 _logger = logging.getLogger(__name__)
 
@@ -87,12 +85,6 @@ RUNTIMES: dict[str, Callable[[nn.Module, Tensor, Path], Callable[[], Tensor]]] =
     'OpenVINO': openvino,
     'onnxruntime': onnxruntime,
 }
-BASES = {  # plain model -> prefix of those with attention
-    'mobilenetv2_100': 'mobilenetv2',
-    'mobilenetv4_conv_small': 'mobilenetv4_conv_small',
-    'resnet50': 'resnet50',
-    'tf_efficientnet_lite0': 'tf_efficientnet_lite0',
-}
 
 
 def prepare(name: str, runtime: str, x: Tensor) -> tuple[Call, float]:
@@ -112,17 +104,19 @@ def prepare(name: str, runtime: str, x: Tensor) -> tuple[Call, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--bases', nargs='+', choices=BASES, default=['mobilenetv2_100'], help='plain models')
-    layers = ['ela_t', 'ela_b', 'se', 'eca', 'ca']
+    layers = ['ela_b', 'ca', 'eca', 'se']
     parser.add_argument('--layers', nargs='+', default=layers, help='suffixes of the others')
     parser.add_argument('--runtimes', nargs='+', choices=RUNTIMES, default=list(RUNTIMES), help='where they run')
+    parser.add_argument('--batch-size', type=int, default=1)
     parser.add_argument('--img-size', type=int, default=224, help='height and width of the input')
     parser.add_argument('--repeats', type=int, default=101, help='times that each call is run')
     args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR, format='%(message)s')
     _logger.setLevel(logging.INFO)
-    x, rows = torch.rand(1, 3, args.img_size, args.img_size), []
+    print(f'Beside the plain model at {args.img_size} px: {describe(args.repeats)}.')
+    x = torch.rand(args.batch_size, 3, args.img_size, args.img_size)
     for base in args.bases:
-        names = [base, *(f'{BASES[base]}_{layer}' for layer in args.layers)]
+        names, rows = names_of(base, args.layers), []
         for runtime in args.runtimes:
             prepared = {}
             for name in names:
@@ -135,11 +129,10 @@ def main() -> None:
             cells = [ratio(times[name], times[base]) if name in times else 'refused' for name in names[1:]]
             sizes = [f'{prepared[name][1]:.2f}' if name in prepared else '' for name in names]
             rows += [
-                [base, runtime, 'inference, batch 1', f'{np.median(times[base]):.1f} ms', *cells],
-                [base, runtime, 'file, MiB', *sizes]]
+                [runtime, f'batch {args.batch_size}', f'{np.median(times[base]):.1f} ms', *cells],
+                [runtime, 'file, MiB', *sizes]]
             _logger.info(markdown(rows[-2], rows[-1:]))
-    head = ['plain model', 'runtime', 'what', 'plain', *(f'_{layer}' for layer in args.layers)]
-    print(f'Time beside the plain model at {args.img_size} px: {describe(args.repeats)}.\n\n{markdown(head, rows)}')
+        print(f'\n{markdown(["runtime", "what", *names], rows)}', flush=True)
 
 
 if __name__ == '__main__':

@@ -2,7 +2,7 @@
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from random import Random
 from time import perf_counter
@@ -13,8 +13,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import timm_ela
+from timm_ela.models.registry import MODELS
 
+BASES = list(dict.fromkeys(model.base for model in MODELS.values()))
 Call = Callable[[], object]
+
+
+def names_of(base: str, layers: Container[str]) -> list[str]:
+    """Returns the plain model, and those of ours with these layers, or with ELSA, in its place."""
+    ours = [model for model in MODELS.values() if model.base == base]
+    return [base, *(model.name for model in ours if model.layer.suffix in layers or model.layer.tag == 'elsa')]
 
 
 def milliseconds(call: Call, device: str = 'cpu') -> float:
