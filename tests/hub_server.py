@@ -1,8 +1,7 @@
 """A small Hugging Face Hub on 127.0.0.1, so that the tests push and pull with the real, unmodified clients.
 
-It answers what huggingface_hub (0.34 to 2.4) asks in a push and a pull of a model: create, preupload, LFS, commit,
-resolve, model info and tree, with the Hub's own error headers. It shows that the client side works; the real Hub's
-rights, quotas and metadata rules it does not show.
+It answers what huggingface_hub (0.34 to 2.4) asks in a push and a pull of a model, and every file travels within its
+commit. Uploads to LFS or Xet, rights, quotas and rules for metadata are between huggingface_hub and the real Hub.
 """
 import base64
 import hashlib
@@ -10,111 +9,65 @@ import json
 import re
 import threading
 from dataclasses import dataclass
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import unquote
-
-TOKEN = 'hf_owner'  # who has it may write
-LARGE = ('.safetensors', '.bin', '.pt', '.pth', '.ckpt')  # what the Hub's default .gitattributes sends to LFS
-ROUTES = []
-
-
-class Refusal(Exception):
-    """An HTTP error; `code` is what huggingface_hub makes its own exceptions of (X-Error-Code)."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, **body):
-        self.status, self.body = status, {'error': message, **body}
-        self.headers = {'X-Error-Message': message} | ({'X-Error-Code': code} if code else {})
 
 
 @dataclass
 class Repo:
-    private: bool
-    files: dict[str, Path]  # of `main`: where their contents are, under their sha256; earlier commits are not kept
+    files: dict[str, bytes]  # of `main`; earlier commits are not kept
+    private: bool = False
     commits: int = 0  # that clients made
 
     @property
     def sha(self) -> str:
-        return hashlib.sha1(repr((self.files, self.commits)).encode()).hexdigest()
+        return f'{self.commits:040x}'
 
 
-class Hub:
-    """The server and its repositories, whose files lie in the folder `root`; a context manager."""
+class Hub(ThreadingHTTPServer):
+    """The server and its repositories; a context manager."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), Request)
+        self.url = f'http://127.0.0.1:{self.server_port}'
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []  # 'METHOD /path', in order
         self.faults: dict[str, int] = {}  # what is found in 'METHOD /path', as a regular expression -> status
         self.private_by_default = False  # what an organization may set
-        root.mkdir(exist_ok=True)
 
     def __enter__(self) -> 'Hub':
-        self.server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Request, self))
-        self.url = f'http://127.0.0.1:{self.server.server_port}'
-        threading.Thread(target=partial(self.server.serve_forever, poll_interval=0.02), daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
         return self
 
     def __exit__(self, *_):
-        self.stop()
-
-    def stop(self):
-        self.server.shutdown()
-        self.server.server_close()  # from here on connections are refused
-
-    def add_repo(self, name: str, files: dict[str, Path | bytes], private: bool = False):
-        """Puts a repository there as if it had been pushed."""
-        files = {'.gitattributes': b'*.safetensors filter=lfs\n', **files}
-        self.repos[name] = Repo(private, {
-            path: self.store(data if isinstance(data, bytes) else Path(data).read_bytes())
-            for path, data in files.items()})
-
-    def files(self, name: str) -> dict[str, bytes]:
-        return {path: file.read_bytes() for path, file in self.repos[name].files.items()}
-
-    def store(self, data: bytes) -> Path:
-        file = self.root / hashlib.sha256(data).hexdigest()
-        file.write_bytes(data)
-        return file
-
-
-def route(methods: str, pattern: str):
-    """Registers what answers requests to a path; named groups are its arguments."""
-    pattern = pattern.replace('{repo}', r'(?P<repo>[\w.-]+/[\w.-]+)')
-    return lambda function: ROUTES.append((methods.split(), re.compile(pattern), function)) or function
+        self.shutdown()
+        self.server_close()
 
 
 class Request(BaseHTTPRequestHandler):
     """One request; a connection serves no second one, so none outlives the server."""
 
-    def __init__(self, hub: Hub, *args):
-        self.hub = hub
-        super().__init__(*args)
+    server: Hub
 
     def log_message(self, *_):
         pass
 
     def do_GET(self):
-        path = unquote(self.path.partition('?')[0])
-        self.hub.requests.append(f'{self.command} {path}')
+        line = f'{self.command} {unquote(self.path.partition("?")[0])}'
+        self.server.requests.append(line)
         self.body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
-        try:
-            for fault, status in self.hub.faults.items():
-                if re.search(fault, self.hub.requests[-1]):
-                    raise Refusal(status, 'Out of order.')
-            for methods, pattern, function in ROUTES:
-                if self.command in methods and (match := pattern.fullmatch(path)):
-                    if 'repo' in match.groupdict() and match['repo'] not in self.hub.repos:
-                        raise Refusal(404, 'Repository not found', 'RepoNotFound')
-                    return function(self, **match.groupdict())
-            raise Refusal(404, f'No such route: {path}')
-        except Refusal as refusal:
-            self.answer(refusal.body, refusal.headers, refusal.status)
+        for fault, status in self.server.faults.items():
+            if re.search(fault, line):
+                return self.answer({'error': 'Out of order'}, status)
+        for pattern, function in ROUTES.items():
+            match = re.fullmatch(pattern.replace('REPO', r'([\w.-]+/[\w.-]+)'), line)
+            if match and (not match.groups() or match[1] in self.server.repos):
+                return function(self, *match.groups())
+        self.refuse('RepoNotFound')
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_GET
 
-    def answer(self, body: bytes | dict | list = b'', headers: dict[str, str] | None = None, status: int = 200):
+    def answer(self, body: bytes | dict | list, status: int = 200, headers: dict[str, str] | None = None):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {'Content-Length': str(len(data)), **(headers or {})}.items():
@@ -123,81 +76,62 @@ class Request(BaseHTTPRequestHandler):
         if self.command != 'HEAD':
             self.wfile.write(data)
 
-    def check_writable(self):
-        if self.headers.get('Authorization') != f'Bearer {TOKEN}':
-            raise Refusal(401, 'Invalid username or password.')
+    def refuse(self, code: str):
+        """Answers that something is not there; huggingface_hub makes an exception of its own of the code."""
+        self.answer({'error': code}, 404, {'X-Error-Code': code})
 
-    @route('POST', '/api/validate-yaml')
     def validate_yaml(self):
         self.answer({'errors': [], 'warnings': []})
 
-    @route('POST', '/api/repos/create')
     def create(self):
-        self.check_writable()
         wanted = json.loads(self.body)
-        repo = f'{wanted["organization"]}/{wanted["name"]}'
-        if repo in self.hub.repos:
-            raise Refusal(409, 'You already created this model repo', url=f'{self.hub.url}/{repo}')
-        asked = wanted.get('private', {'private': True, 'public': False}.get(wanted.get('visibility')))
-        self.hub.add_repo(repo, {}, private=self.hub.private_by_default if asked is None else asked)
-        self.answer({'url': f'{self.hub.url}/{repo}'})
+        name = f'{wanted["organization"]}/{wanted["name"]}'
+        exists = name in self.server.repos
+        if not exists:
+            asked = wanted.get('private', wanted.get('visibility'))  # huggingface_hub 0.34 says `private`
+            private = self.server.private_by_default if asked is None else asked in (True, 'private')
+            self.server.repos[name] = Repo({}, private)
+        self.answer({'url': f'{self.server.url}/{name}'}, 409 if exists else 200)
 
-    @route('POST', '/api/models/{repo}/preupload/[^/]+')
-    def preupload(self, repo: str):
-        self.check_writable()
-        self.answer({'files': [
-            {'path': path, 'uploadMode': 'lfs' if path.endswith(LARGE) else 'regular', 'shouldIgnore': False}
-            for path in (file['path'] for file in json.loads(self.body)['files'])]})
+    def preupload(self, name: str):
+        paths = [file['path'] for file in json.loads(self.body)['files']]
+        self.answer({'files': [{'path': path, 'uploadMode': 'regular', 'shouldIgnore': False} for path in paths]})
 
-    @route('POST', '/{repo}.git/info/lfs/objects/batch')
-    def lfs_batch(self, repo: str):
-        self.check_writable()
-        objects = json.loads(self.body)['objects']
-        for item in objects:
-            if not (self.hub.root / item['oid']).exists():
-                item['actions'] = {'upload': {'href': f'{self.hub.url}/lfs/{item["oid"]}'}}
-        self.answer({'transfer': 'basic', 'objects': objects})
-
-    @route('PUT', '/lfs/(?P<oid>[0-9a-f]{64})')
-    def lfs_put(self, oid: str):  # like a signed URL of the real one, it asks for no token
-        if self.hub.store(self.body).name != oid:
-            raise Refusal(400, 'The content does not match its sha256')
-        self.answer()
-
-    @route('POST', '/api/models/{repo}/commit/[^/]+')
-    def commit(self, repo: str):
-        self.check_writable()
-        there = self.hub.repos[repo]
-        files = dict(there.files)
-        for key, value in ((line['key'], line['value']) for line in map(json.loads, self.body.splitlines())):
-            if key == 'file':
-                files[value['path']] = self.hub.store(base64.b64decode(value['content']))
-            elif key == 'lfsFile':
-                files[value['path']] = file = self.hub.root / value['oid']
-                if not file.exists():
-                    raise Refusal(400, f'{value["path"]} was never uploaded')
-            elif key == 'deletedFile':
+    def commit(self, name: str):
+        repo = self.server.repos[name]
+        files = dict(repo.files)
+        for line in map(json.loads, self.body.splitlines()):
+            value = line['value']
+            if line['key'] == 'file':
+                files[value['path']] = base64.b64decode(value['content'])
+            elif line['key'] == 'deletedFile':
                 del files[value['path']]
-        there.files = files  # all changes or none
-        there.commits += 1
-        self.answer({
-            'success': True, 'commitOid': there.sha, 'commitUrl': f'{self.hub.url}/{repo}/commit/{there.sha}'})
+        repo.files = files  # all changes or none
+        repo.commits += 1
+        self.answer({'commitOid': repo.sha, 'commitUrl': f'{self.server.url}/{name}/commit/{repo.sha}'})
 
-    @route('HEAD GET', '/{repo}/resolve/[^/]+/(?P<path>.+)')
-    def download(self, repo: str, path: str):
-        file = self.hub.repos[repo].files.get(path)
-        if file is None:
-            raise Refusal(404, 'Entry not found', 'EntryNotFound')
-        self.answer(file.read_bytes(), {'X-Repo-Commit': self.hub.repos[repo].sha, 'ETag': f'"{file.name}"'})
+    def download(self, name: str, path: str):
+        repo = self.server.repos[name]
+        if path not in repo.files:
+            return self.refuse('EntryNotFound')
+        digest = hashlib.sha256(repo.files[path]).hexdigest()
+        self.answer(repo.files[path], headers={'X-Repo-Commit': repo.sha, 'ETag': f'"{digest}"'})
 
-    @route('GET', '/api/models/{repo}(?:/revision/[^/]+)?')
-    def model_info(self, repo: str):
-        there = self.hub.repos[repo]
-        self.answer({'id': repo, 'sha': there.sha, 'private': there.private, 'tags': [],
-                     'siblings': [{'rfilename': path} for path in there.files]})
+    def tree(self, name: str):
+        repo = self.server.repos[name]
+        self.answer([{'type': 'file', 'path': path, 'size': len(data), 'oid': ''} for path, data in repo.files.items()])
 
-    @route('GET', '/api/models/{repo}/tree/[^/]+')
-    def tree(self, repo: str):
-        self.answer([
-            {'type': 'file', 'path': path, 'size': file.stat().st_size, 'oid': file.name}
-            for path, file in self.hub.repos[repo].files.items()])
+    def model_info(self, name: str):
+        repo = self.server.repos[name]
+        self.answer({'id': name, 'sha': repo.sha, 'private': repo.private})
+
+
+ROUTES = {
+    'POST /api/validate-yaml': Request.validate_yaml,
+    'POST /api/repos/create': Request.create,
+    'POST /api/models/REPO/preupload/[^/]+': Request.preupload,
+    'POST /api/models/REPO/commit/[^/]+': Request.commit,
+    'GET /api/models/REPO/tree/[^/]+': Request.tree,
+    'GET /api/models/REPO(?:/revision/[^/]+)?': Request.model_info,
+    '(?:GET|HEAD) /REPO/resolve/[^/]+/(.+)': Request.download,
+}

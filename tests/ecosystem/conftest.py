@@ -9,7 +9,7 @@ import timm
 import torch
 import yaml
 from helpers import run
-from hub_server import Hub, Refusal, route
+from hub_server import Hub, Repo
 from timm.models import save_for_hf
 from torch import nn
 
@@ -18,12 +18,6 @@ PLAIN = ('resnet50', 'mobilenetv2_100')  # whose weights the blocks ask for
 # Line and line break in one write: the processes of torchrun share an unbuffered pipe.
 PASSED = r'import sys; sys.stdout.write("passed\n")'
 BEFORE = 'import torch; torch.set_num_threads(1); torch.manual_seed(0)'
-
-
-@route('GET', r'/api/models/[\w.-]+')
-def no_such_model(request, **_):
-    """What the Hub says to a name without an owner, which AutoBackbone takes for a model of timm then."""
-    raise Refusal(404, 'Repository not found', 'RepoNotFound')
 
 
 def readme_block(title: str) -> str:
@@ -39,14 +33,14 @@ def readme_block(title: str) -> str:
 def hub(tmp_path_factory):
     """A Hub on loopback that serves random weights in the place of timm's."""
     root = tmp_path_factory.mktemp('hub')
-    with Hub(root) as hub:
+    with Hub() as hub:
         for name in PLAIN:
             model = timm.create_model(name)
             for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
                 nn.init.uniform_(norm.weight, 0.5, 1)  # timm's ResNets begin with zeros, which no gradient passes
             save_for_hf(model, root / name, safe_serialization=True)
-            files = {file: root / name / file for file in ('config.json', 'model.safetensors')}
-            hub.add_repo(f'timm/{name}.{model.pretrained_cfg["tag"]}', files)
+            files = {file: (root / name / file).read_bytes() for file in ('config.json', 'model.safetensors')}
+            hub.repos[f'timm/{name}.{model.pretrained_cfg["tag"]}'] = Repo(files)
         yield hub
 
 
