@@ -41,12 +41,9 @@ def fails(capsys) -> Callable[..., str]:
 # list
 @pytest.mark.parametrize('pattern, names', [
     ('mobilenetv2_050_ela_*', 'mobilenetv2_050_ela_*'),
-    ('*18_ela_*', '*18_ela_*'),
-    ('resnet18_ca', 'resnet18_ca'),
     # a model with its tag, as create_model takes it
     ('resnet50_ela_b.graft_a1_in1k', 'resnet50_ela_b.graft_a1_in1k'),
     # timm's name of MobileNetV2 at width 1
-    ('mobilenetv2_100_ela_b', 'mobilenetv2_ela_b'),
     ('mobilenetv2_100_ela_*.graft_ra_in1k', 'mobilenetv2_ela_*.graft_ra_in1k'),
 ])
 def test_list_tells_the_names_that_the_filter_finds_with_their_counts_and_tags(capsys, pattern, names):
@@ -148,34 +145,30 @@ def weights(name: str) -> dict[str, torch.Tensor]:
     return timm.create_model(name, num_classes=3).state_dict()
 
 
-ARGS, BEST, NAMES, PTH = 'run/args.yaml', 'run/model_best.pth.tar', 'names.txt', 'c.pth'
+ARGS, BEST, SUMMARY, NAMES, PTH = 'run/args.yaml', 'run/model_best.pth.tar', 'run/summary.csv', 'names.txt', 'c.pth'
 EXPORT, CONVERT = 'export run new/out --class-names names.txt', f'convert c.pth --model {MODEL} out'
 
 
 @pytest.mark.parametrize('file, content, command, told', [
     (BEST, lambda data: data[:len(data) // 2], EXPORT, BEST + ' is truncated, corrupt or no checkpoint: PytorchStream'),
     (BEST, lambda data: data[:10 ** 5] + b'spoilt' + data[10 ** 5 + 6:], EXPORT, 'the checksum of'),
-    (BEST, lambda data: b'', EXPORT, BEST + ' is truncated, corrupt or no checkpoint'),
-    (PTH, lambda data: b'<!DOCTYPE html><html><body>404: not found</body></html>', CONVERT, 'c.pth is truncated, corr'),
     (PTH, lambda data: pickle.dumps(Code()), CONVERT, 'c.pth is truncated, corrupt or no checkpoint'),
     (PTH, lambda data: saved({'state_dict': Code()}), CONVERT, 'c.pth holds posix.mkdir, and code is never run'),
     (PTH, lambda data: saved(timm.create_model(MODEL)), CONVERT, 'EfficientNet, and code is never run: save the state'),
-    (PTH, lambda data: saved([1]), CONVERT, 'c.pth holds a list, and no state dict'),
     (PTH, lambda data: saved({'epoch': 3, 'net': weights(PLAIN)}), CONVERT, "c.pth holds 'epoch', 'net', and no state"),
     (PTH, lambda data: saved({'state_dict': [1]}), CONVERT, "c.pth holds 'state_dict', and no state dict"),
-    (PTH, lambda data: saved({}), CONVERT, 'c.pth holds nothing, and no state dict'),
     (PTH, lambda data: saved(weights(MODEL)), CONVERT, f'c.pth is a checkpoint of {MODEL} already'),
     (PTH, lambda data: saved(weights('mobilenetv2_100')), CONVERT, f'not those of {MODEL}: Error'),
     (ARGS, lambda data: b'model: [', EXPORT, 'args.yaml: while parsing'),
     (ARGS, lambda data: b'- 1', EXPORT, 'args.yaml: it names no model'),
     (ARGS, lambda data: b'\xff\xfe\x81', EXPORT, "args.yaml: 'utf-8' codec"),
     (ARGS, lambda data: b'model: resnet18_ela_x', EXPORT, 'args.yaml: Unknown model (resnet18_ela_x)'),
-    (ARGS, lambda data: data.replace(b'ela_t', b'ela_t.graft_x'), EXPORT, 'Invalid pretrained tag (graft_x)'),
     (ARGS, lambda data: data.replace(b'ela_t', b'ela_b'), EXPORT, 'not those of mobilenetv2_050_ela_b'),
     (ARGS, lambda data: data.replace(b'_ela_t', b''), EXPORT, 'has 48 unexpected weights'),
-    (NAMES, lambda data: data, EXPORT + ' --checkpoint no.pth.tar', 'no.pth.tar'),
+    (ARGS, lambda data: data, 'export . new/out', 'train.py, such as run.'),
+    (SUMMARY, lambda data: data.replace(b'70.5', b'abc'), EXPORT, 'summary.csv: could not convert string to float'),
+    (BEST, lambda data: data, EXPORT + ' --checkpoint no.pth', 'run has no no.pth: choose another one with --ch'),
     (NAMES, lambda data: b'a\nb', EXPORT, 'names.txt holds 2 class names, the head has 3 outputs'),
-    (NAMES, lambda data: b'\xff', EXPORT, "names.txt: 'utf-8' codec"),
 ])
 def test_bad_input_is_told_and_nothing_is_written(fails, train_run, monkeypatch, file, content, command, told):
     monkeypatch.chdir(train_run.parent)
@@ -195,8 +188,7 @@ def no_hub(monkeypatch):
 
 
 @pytest.mark.parametrize('repo_id, told', [
-    ('me', "'me' has no owner: it must be OWNER/NAME"), ('me/x/y', "'me/x/y'"), ('me/--x', "'me/--x'"),
-    ('me/x', 'has no model.safetensors')])
+    ('me', "'me' has no owner: it must be OWNER/NAME"), ('me/--x', "'me/--x'"), ('me/x', 'has no model.safetensors')])
 def test_what_cannot_be_pushed_is_told_before_the_hub_is_asked(fails, tmp_path, no_hub, repo_id, told):
     assert told in fails('push', tmp_path, repo_id)
 
@@ -206,8 +198,6 @@ def test_what_cannot_be_pushed_is_told_before_the_hub_is_asked(fails, tmp_path, 
     ('model.safetensors', lambda data: save({k: v * torch.nan for k, v in load(data).items()}), 'holds NaN'),
     ('config.json', lambda data: b'{}', 'timm cannot load'),
     ('config.json', lambda data: data.replace(b'ela_t', b'ela_b'), 'size mismatch for blocks.1.0.se.conv.weight'),
-    ('config.json', lambda data: data.replace(b'"num_classes": 3', b'"num_classes": 4'), 'classifier.weight'),
-    ('config.json', lambda data: data.replace(b'050_ela_t', b'050'), 'Unexpected key'),
     ('README.md', lambda data: b'\xff' + data, "README.md: 'utf-8' codec"),
 ])
 def test_a_folder_that_nobody_could_load_is_not_pushed(fails, train_run, tmp_path, no_hub, file, change, told):
@@ -226,14 +216,12 @@ def test_options_of_an_export_are_refused_for_a_folder_that_is_exported(fails, t
 
 
 @pytest.mark.parametrize('words, told', [
-    (['train'], "'train'"), (['export', 'run'], 'out_dir'), (['list', '--jsn'], '--jsn'),
-    (['convert', 'a.pth', 'out'], '--model'), (['list', 'vgg*'], "'vgg*': `timm-ela list`"),
-    (['list', 'vgg'], 'use a wildcard'), (['push', 'nothere', 'me/x'], 'There is no folder nothere'),
-    (['run', 'no.py', '-x'], 'no.py'), (['plot', 'no.png', '--model', 'x'], 'no.png'),
+    (['list', '--jsn'], '--jsn'), (['list', 'vgg*'], "'vgg*': `timm-ela list`"), (['list', 'vgg'], 'use a wildcard'),
+    (['push', 'nothere', 'me/x'], 'There is no folder nothere'), (['run', 'no.py', '-x'], 'no.py'),
+    (['plot', 'no.png', '--model', 'x'], 'no.png'),
     (['export', 'nothere', 'out'], 'There is no nothere/args.yaml'),
     (['convert', 'no.pth', '--model', PLAIN, 'out'], f"'{PLAIN}' is not a model of timm_ela"),
     (['convert', 'no.pth', '--model', MODEL, 'out'], 'no.pth'),
-    (['plot', 'no.png', '--model', 'x', '--channel', '1', '--mean'], 'not allowed with'),
 ], ids=' '.join)
 def test_a_line_that_is_not_understood_is_told_why(fails, words, told):
     assert told in fails(*words)

@@ -13,33 +13,26 @@ from timm_ela.hub.publish import convert_checkpoint
 ROUNDING = 1e-4  # of a graft, relative to the greatest logit of a fresh model
 
 
-@pytest.mark.parametrize('name, write', [
-    ('plain.pth', lambda model, path: torch.save(model.state_dict(), path)),
-    ('plain.pth', lambda model, path: torch.save({'model': model.state_dict(), 'args': {'lr': 1}}, path)),
-    ('plain.safetensors', lambda model, path: save_file(model.state_dict(), path)),
-    ('model_best.pth.tar', lambda model, path: torch.save(
-        {'state_dict': timm.create_model(PLAIN).state_dict(), 'state_dict_ema': model.state_dict(), 'args': Namespace(
-            model=PLAIN, img_size=96, mean=[0.5, 0.5, 0.5], model_kwargs={})}, path)),
-], ids=['pth', 'nested', 'safetensors', 'run with an average'])
-def test_a_plain_checkpoint_becomes_an_ela_checkpoint_that_computes_the_same(new_model, tmp_path, name, write):
-    plain, file = new_model(PLAIN), tmp_path / name
-    write(plain, file)
-    folder = convert_checkpoint(file, MODEL, tmp_path / 'out')
+@pytest.mark.parametrize('name, save', [('plain.pth', torch.save), ('plain.safetensors', save_file)])
+def test_a_plain_checkpoint_becomes_an_ela_checkpoint_that_computes_the_same(new_model, tmp_path, name, save):
+    plain = new_model(PLAIN)
+    save(plain.state_dict(), tmp_path / name)
+    folder = convert_checkpoint(tmp_path / name, MODEL, tmp_path / 'out')
     model = load(folder)
     assert model.num_classes == 7 and give_equal_logits(plain, model, ROUNDING)
     assert {path.name for path in folder.iterdir()} == FILES and 'neutral' in card(folder).text
     assert not {'label_descriptions', 'license', 'paper_ids', 'paper_name'} & model.pretrained_cfg.keys()
-    if 'tar' in name:
-        assert tuple(model.pretrained_cfg['input_size']) == (3, 96, 96) and model.pretrained_cfg['mean'][0] == 0.5
 
 
-def test_a_converted_run_is_tested_at_the_size_of_the_run_and_another_checkpoint_as_the_model_is(new_model, tmp_path):
-    plain, size = new_model('resnet18'), {}
-    for name, args in (('run', {'args': Namespace(model='resnet18', img_size=None, model_kwargs={})}), ('weights', {})):
+def test_a_converted_run_is_tested_on_images_as_it_saw_them_and_another_checkpoint_as_the_model_is(new_model, tmp_path):
+    plain, seen = new_model('resnet18'), {}
+    run = {'args': Namespace(model='resnet18', img_size=96, mean=[0.5, 0.5, 0.5], model_kwargs={})}
+    for name, args in (('run', run), ('weights', {})):
         torch.save({'state_dict': plain.state_dict(), **args}, tmp_path / f'{name}.pth')
         model = load(convert_checkpoint(tmp_path / f'{name}.pth', 'resnet18_ela_b', tmp_path / name))
-        size[name] = resolve_model_data_config(model, use_test_size=True)['input_size'][1]
-    assert size == {'run': 224, 'weights': 288}
+        config = resolve_model_data_config(model, use_test_size=True)
+        seen[name] = config['input_size'][1], config['mean'][0]
+    assert seen == {'run': (96, 0.5), 'weights': (288, 0.485)}
 
 
 def test_a_model_is_found_by_its_other_name(new_model, tmp_path):

@@ -16,7 +16,7 @@ from timm.models import parse_model_name, split_model_name_tag
 from timm_ela.cli import main
 from timm_ela.hub.publish import convert_checkpoint, export_run
 
-NAMES = ['rose', 'tulip', 'água', '日本', 'a b', 'x', 'y']
+NAMES = ['日本', 'água', 'a b']
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_the_config_says_how_the_run_saw_its_images(exported):
     assert model.pretrained_cfg['tag'] == 'some_flowers' and model.pretrained_cfg['architecture'] == MODEL
 
 
-@pytest.mark.parametrize('dataset', ['Some Flowers', 'ILSVRC/imagenet-1k', '花 (ü): 2/3?'])
+@pytest.mark.parametrize('dataset', ['ILSVRC/imagenet-1k', '花 (ü): 2/3?'])
 def test_a_tag_can_stand_in_the_name_of_a_model(exported, new_model, tmp_path, dataset):
     folder = exported()
     tag = load(export_run(tmp_path / 'run', tmp_path / 'named', dataset=dataset)).pretrained_cfg['tag']
@@ -101,19 +101,14 @@ def test_of_weights_alone_the_card_says_what_is_known(new_model, write_run, tmp_
     assert said in card(tmp_path / 'out').text
 
 
-@pytest.mark.parametrize('files, kept', [
-    (['train/a/'], True),  # the folder was emptied since
-    (['train/a/1.png'], False),
-    (['a/1.png'], False),
-    (['train/a/1.png', 'val/'], True),  # a name that timm takes for it
-])
+@pytest.mark.parametrize('validation, kept', [(None, False), ('validation', True), ('val', True)])
 def test_an_accuracy_that_was_measured_on_training_images_too_is_left_out(
-        new_model, write_run, tmp_path, caplog, files, kept):
-    for file in ['', *files]:
-        path = tmp_path / 'data' / file
-        (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
-        if path.suffix:
-            path.touch()
+        new_model, write_run, tmp_path, caplog, validation, kept):
+    image = tmp_path / 'data' / 'train' / 'a' / '1.png'
+    image.parent.mkdir(parents=True)
+    image.touch()
+    if validation:
+        (tmp_path / 'data' / validation).mkdir()
     run = write_run(new_model(), data_dir=str(tmp_path / 'data'))
     assert metrics(export_run(run, tmp_path / 'out')) == (TRAINED if kept else {})
     assert ("no 'validation': train.py measured the accuracy on training images too" in caplog.text) != kept
@@ -146,7 +141,6 @@ def test_the_accuracy_is_in_the_last_row_of_the_checkpoints_epoch(
     (MODEL, {'pretrained': True}, 'timm/mobilenetv2_050.lamb_in1k', 'apache-2.0'),
     ('resnet18_ela_t', {'pretrained': True, 'model': 'resnet18_ela_t.graft_tv_in1k'}, 'timm/resnet18.tv_in1k',
      'bsd-3-clause'),
-    (PLAIN, {'pretrained': True}, 'timm/mobilenetv2_050.lamb_in1k', 'apache-2.0'),
     (MODEL, {'pretrained': False}, None, None),
     (MODEL, {'pretrained': True, 'initial_checkpoint': '/my/model.safetensors'}, None, None),
 ])
@@ -156,18 +150,16 @@ def test_the_base_model_and_its_licence_are_those_of_the_weights_that_the_run_be
     assert (data.base_model, data.license) == (base, license)
 
 
-@pytest.mark.parametrize('split', ['', 'test'])
-def test_the_card_is_a_valid_model_card_with_the_accuracy_the_recipe_and_the_versions(new_model, write_run, split):
-    run = write_run(new_model(), data_dir='/gone/data', val_split=split)
+def test_the_card_is_a_valid_model_card_with_the_accuracy_the_recipe_and_the_versions(new_model, write_run):
+    run = write_run(new_model(), data_dir='/gone/data', val_split='test')
     folder = export_run(run, run.parent / 'out', dataset='Some Flowers')
     data, text = card(folder).data, card(folder).text
     assert (data.library_name, data.pipeline_tag, data.model_name) == (
         'timm', 'image-classification', f'{MODEL} on Some Flowers')
     assert {'timm', 'ela'} <= set(data.tags) and f'# {MODEL}, trained on Some Flowers\n' in text
-    split = split or 'validation'
     assert {(r.dataset_name, r.dataset_split, r.metric_type) for r in data.eval_results} == {
-        ('Some Flowers', split, 'accuracy')}
-    assert f'On the {split} split, after epoch 1 ' in text and '70.50 %' in text and '64 x 64' in text
+        ('Some Flowers', 'test', 'accuracy')}
+    assert 'On the test split, after epoch 1 ' in text and '70.50 %' in text and '64 x 64' in text
     assert '8 epochs, batch size 64, optimizer adamw. [args.yaml](./args.yaml) holds all arguments' in text
     assert '\ntrain.py --config args.yaml --data-dir DATA\n' in text
     assert f'timm {timm.__version__}, torch {torch.__version__}' in text
@@ -193,34 +185,25 @@ def test_the_card_of_a_model_without_ela_does_not_name_ela(exported, name, is_ou
     assert 'ELA' not in text and '2403.01123' not in text and 'ela' not in card(folder).data.tags
 
 
-@pytest.fixture
-def class_names(tmp_path):
-    """The data of a run: an image folder, a class map in another order, a list of names."""
-    for name in NAMES:
-        (tmp_path / 'data' / 'train' / name).mkdir(parents=True)
-        (tmp_path / 'data' / 'validation' / name).mkdir(parents=True)
-        (tmp_path / 'data' / 'train' / name / '1.png').touch()
-    for folder in ('data/train', '.'):  # timm looks for a map below the folder that it reads
-        (tmp_path / folder / 'map.txt').write_text('\n'.join(reversed(NAMES)), encoding='utf-8')
-    (tmp_path / 'empty').mkdir()
-    (tmp_path / 'names.txt').write_text('\n'.join(NAMES[3:] + NAMES[:3]) + '\n', encoding='utf-8-sig')
-    return tmp_path
-
-
 @pytest.mark.parametrize('file, args, names', [
-    ('names.txt', {'data_dir': '{}/data'}, NAMES[3:] + NAMES[:3]),
-    (None, {'data_dir': '{}/data', 'class_map': 'map.txt'}, NAMES[::-1]),
-    (None, {'data_dir': '{}/data'}, sorted(NAMES)),
-    (None, {'data_dir': '{}/data', 'num_classes': 8}, None),
-    (None, {'data_dir': '{}/empty'}, None),
-    (None, {'data_dir': '{}/data', 'class_map': 'gone.txt'}, None),
-    (None, {'data_dir': '{}/gone'}, None),
+    ('names.txt', {}, NAMES),
+    (None, {'class_map': 'map.txt'}, NAMES[::-1]),
+    (None, {}, sorted(NAMES)),
+    (None, {'num_classes': 4}, None),
+    (None, {'class_map': 'gone.txt'}, None),
+    (None, {'data_dir': 'gone'}, None),
 ])
 def test_class_names_come_from_the_file_or_the_class_map_or_the_data(
-        new_model, write_run, class_names, caplog, file, args, names):
-    args = {k: v.format(class_names) if isinstance(v, str) else v for k, v in args.items()}
-    run = write_run(new_model(num_classes=args.get('num_classes', 7)), **args)
-    folder = export_run(run, class_names / 'out', class_names=file and class_names / file)
+        new_model, write_run, tmp_path, monkeypatch, caplog, file, args, names):
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES:
+        (tmp_path / 'data' / 'train' / name).mkdir(parents=True)
+        (tmp_path / 'data' / 'train' / name / '1.png').touch()
+    # timm looks for a map below the folder that it reads
+    (tmp_path / 'data' / 'train' / 'map.txt').write_text('\n'.join(reversed(NAMES)), encoding='utf-8')
+    (tmp_path / 'names.txt').write_text('\n'.join(NAMES) + '\n', encoding='utf-8-sig')
+    run = write_run(new_model(num_classes=args.get('num_classes', 3)), **{'data_dir': 'data', **args})
+    folder = export_run(run, 'out', class_names=file)
     assert json.loads((folder / 'config.json').read_text()).get('label_names') == names
     assert load(folder).pretrained_cfg.get('label_names') == names
     assert ('No class names are written' in caplog.text) == (names is None)
