@@ -5,8 +5,6 @@ Every claim is made of a process of its own: a fork (`forks`) of an interpreter 
 import inspect
 import sys
 import zipfile
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import timm
@@ -101,30 +99,12 @@ def test_timm_models_keeps_its_own_loader():
 
 
 # What fails
-@pytest.fixture
-def write_timm(tmp_path) -> Callable[[str], Path]:
-    """Writes another timm, with these contents of timm/models/__init__.py.
-
-    It is a zip archive, where one loader serves all modules of a folder.
-    """
-    def write(models: str) -> Path:
-        with zipfile.ZipFile(tmp_path / 'timm.zip', 'w') as archive:
-            archive.writestr('timm/__init__.py', '__version__ = "9.9"\nfrom . import models\n')
-            archive.writestr('timm/models/__init__.py', models)
-            archive.writestr('timm/layers/__init__.py', 'NOTHING_OF_WHAT_WE_IMPORT = True\n')
-        return tmp_path / 'timm.zip'
-    return write
-
-
-def test_a_broken_timm_keeps_its_own_message(forks, write_timm):
-    path = write_timm('raise RuntimeError("broken by its authors")\n')
-    done = forks('import sys; sys.path.insert(0, sys.argv[1]); import timm', path, exit_code=1)
-    assert done.stderr.splitlines()[-1] == 'RuntimeError: broken by its authors'
-    assert 'Not registered' not in done.stderr
-
-
-def test_a_timm_that_does_not_fit_is_imported_with_one_line_about_it_and_another_one_has_the_models(forks, write_timm):
-    """A notebook that upgrades timm."""
+def test_a_timm_that_does_not_fit_is_imported_with_one_line_about_it_and_another_one_has_the_models(forks, tmp_path):
+    """A notebook that upgrades timm. The first is a zip archive, where one loader serves all modules of a folder."""
+    with zipfile.ZipFile(tmp_path / 'timm.zip', 'w') as archive:
+        archive.writestr('timm/__init__.py', '__version__ = "9.9"\nfrom . import models\n')
+        archive.writestr('timm/models/__init__.py', 'import timm.layers\n')
+        archive.writestr('timm/layers/__init__.py', 'NOTHING_OF_WHAT_WE_IMPORT = True\n')
     done = forks(f'''
         import sys, warnings
         sys.path.insert(0, sys.argv[1])
@@ -138,7 +118,7 @@ def test_a_timm_that_does_not_fit_is_imported_with_one_line_about_it_and_another
         import timm
         {COUNT}
         assert type(timm.create_model('resnet18_triplet').layer1[0].se.cw.conv) is timm.layers.ConvNormAct
-    ''', write_timm('import timm.layers\n'))
+    ''', tmp_path / 'timm.zip')
     file, count = done.stdout.splitlines()
     assert 'timm.zip' in file and int(count) == NUMBER
     (line,) = done.stderr.splitlines()

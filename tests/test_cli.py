@@ -1,10 +1,10 @@
 """The command line: what it prints, and what bad input gets: one line on stderr, exit code 2, and nothing written."""
 import json
 import os
-import pickle
 import shlex
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -139,8 +139,8 @@ def saved(value: object) -> bytes:
     return buffer.getvalue()
 
 
-def weights(name: str) -> dict[str, torch.Tensor]:
-    return timm.create_model(name, num_classes=3).state_dict()
+def weights(name: str, factor: float = 1) -> dict[str, torch.Tensor]:
+    return {k: v.double() * factor for k, v in timm.create_model(name, num_classes=3).state_dict().items()}
 
 
 ARGS, BEST, SUMMARY, NAMES, PTH = 'run/args.yaml', 'run/model_best.pth.tar', 'run/summary.csv', 'names.txt', 'c.pth'
@@ -150,13 +150,21 @@ EXPORT, CONVERT = 'export run new/out --class-names names.txt', f'convert c.pth 
 @pytest.mark.parametrize('file, content, command, told', [
     (BEST, lambda data: data[:len(data) // 2], EXPORT, BEST + ' is truncated, corrupt or no checkpoint: PytorchStream'),
     (BEST, lambda data: data[:10 ** 5] + b'spoilt' + data[10 ** 5 + 6:], EXPORT, 'the checksum of'),
-    (PTH, lambda data: pickle.dumps(Code()), CONVERT, 'c.pth is truncated, corrupt or no checkpoint'),
     (PTH, lambda data: saved({'state_dict': Code()}), CONVERT, 'c.pth holds posix.mkdir, and code is never run'),
     (PTH, lambda data: saved(timm.create_model(MODEL)), CONVERT, 'EfficientNet, and code is never run: save the state'),
     (PTH, lambda data: saved({'epoch': 3, 'net': weights(PLAIN)}), CONVERT, "c.pth holds 'epoch', 'net', and no state"),
     (PTH, lambda data: saved({'state_dict': [1]}), CONVERT, "c.pth holds 'state_dict', and no state dict"),
     (PTH, lambda data: saved(weights(MODEL)), CONVERT, f'c.pth is a checkpoint of {MODEL} already'),
     (PTH, lambda data: saved(weights('mobilenetv2_100')), CONVERT, f'not those of {MODEL}: Error'),
+    (PTH, lambda data: saved(weights(PLAIN, torch.nan)), CONVERT, "not finite: 'conv_stem.weight' holds NaN"),
+    # too large for a float32
+    (BEST, lambda data: saved({'state_dict': weights(MODEL, 1e300)}), EXPORT, "not finite: 'conv_stem.weight' holds"),
+    # train.py writes its arguments here too
+    (PTH, lambda data: saved({'state_dict': weights(PLAIN), 'args': Namespace(gp=3)}), CONVERT, 'c.pth: '),
+    (PTH, lambda data: saved({'state_dict': weights(PLAIN), 'args': Namespace(mean=[1, 2])}), CONVERT, 'c.pth: '),
+    (ARGS, lambda data: data + b'model_kwargs: 3', EXPORT, 'args.yaml: '),
+    (ARGS, lambda data: data + b'model_kwargs: {no_such: 2}', EXPORT, 'args.yaml: '),
+    (ARGS, lambda data: data + b'input_size: 224', EXPORT, 'args.yaml: '),
     (ARGS, lambda data: b'model: [', EXPORT, 'args.yaml: while parsing'),
     (ARGS, lambda data: b'- 1', EXPORT, 'args.yaml: it names no model'),
     (ARGS, lambda data: b'\xff\xfe\x81', EXPORT, "args.yaml: 'utf-8' codec"),
@@ -166,6 +174,8 @@ EXPORT, CONVERT = 'export run new/out --class-names names.txt', f'convert c.pth 
     (ARGS, lambda data: data, 'export . new/out', 'train.py, such as run.'),
     (SUMMARY, lambda data: data.replace(b'70.5', b'abc'), EXPORT, 'summary.csv: could not convert string to float'),
     (BEST, lambda data: data, EXPORT + ' --checkpoint no.pth', 'run has no no.pth: choose another one with --ch'),
+    (ARGS, lambda data: data, EXPORT + ' --tag a/b', "The tag 'a/b' cannot stand in MODEL.TAG"),
+    (PTH, lambda data: saved(weights(PLAIN)), CONVERT + ' --tag a/b', "The tag 'a/b' cannot stand in MODEL.TAG"),
     (NAMES, lambda data: b'a\nb', EXPORT, 'names.txt holds 2 class names, the head has 3 outputs'),
 ])
 def test_bad_input_is_told_and_nothing_is_written(fails, train_run, monkeypatch, file, content, command, told):
