@@ -19,12 +19,12 @@ from helpers import AUTOLOAD_OFF, run
 from PIL import Image
 from safetensors.torch import save_file
 
+from timm_ela.hub.publish import export_run
+
 pytestmark = pytest.mark.skipif(
     'TIMM_SCRIPTS' not in os.environ, reason='TIMM_SCRIPTS is not set: the folder of timm\'s train.py and its like')
 
 CLASSES = ('green', 'blue', 'red')
-VALIDATION = 8 * len(CLASSES)  # pictures
-STILL = ('--lr', '1e-30')  # train.py takes 0 for not given; the weights stay, the statistics of batch norm do not
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +48,7 @@ def script(name: str, *args: object, **kwargs) -> CompletedProcess:
 def train(pictures: Path, run_dir: Path, model: str, *args: object, **kwargs) -> CompletedProcess:
     return script(
         'train.py', '--data-dir', pictures, '--model', model, '--num-classes', len(CLASSES), '--img-size', 32,
-        '-b', 8, '-vb', VALIDATION, '-j', 1, '--device', 'cpu', '--warmup-epochs', 0,
+        '-b', 8, '-vb', 8 * len(CLASSES), '-j', 1, '--device', 'cpu', '--warmup-epochs', 0,
         '--output', run_dir.parent, '--experiment', run_dir.name, *args, **kwargs)
 
 
@@ -59,10 +59,6 @@ def summary(run_dir: Path) -> list[dict[str, float]]:
 
 def checkpoint(run_dir: Path) -> dict:
     return torch.load(run_dir / 'last.pth.tar', map_location='cpu', weights_only=False)
-
-
-def is_weight(key: str) -> bool:
-    return 'running_' not in key and 'num_batches_tracked' not in key
 
 
 def result(done: CompletedProcess):
@@ -94,52 +90,33 @@ def test_train_moves_every_ela_weight(trained):
             assert not torch.equal(value, torch.full_like(value, float(key.endswith('weight')))), key
 
 
-def test_train_resumes_where_the_hook_is_off(pictures, trained, tmp_path):
+def test_train_resumes_as_torchscript_where_the_hook_is_off(pictures, trained, tmp_path):
     """train.py's own flag `--device-modules` registers the models."""
     done = train(
-        pictures, tmp_path / 'resumed', 'resnet18_ela_b', '--epochs', 2, '--lr', 0.02, '--model-ema',
+        pictures, tmp_path / 'resumed', 'resnet18_ela_b', '--epochs', 2, '--lr', 0.02, '--torchscript',
         '--device-modules', 'timm_ela', '--resume', trained / 'last.pth.tar', env=AUTOLOAD_OFF)
     assert [row['epoch'] for row in summary(tmp_path / 'resumed')] == [1]
     assert 'Grafted' not in done.stderr
 
 
-def test_train_goes_on_from_weights_of_ours_as_torchscript(pictures, trained, tmp_path):
-    train(
-        pictures, tmp_path / 'scripted', 'resnet18_ela_b', '--epochs', 1, *STILL, '--torchscript',
-        '--initial-checkpoint', trained / 'last.pth.tar')
-    before, after = checkpoint(trained)['state_dict_ema'], checkpoint(tmp_path / 'scripted')['state_dict']
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[k], after[k]) for k in before if is_weight(k))
-
-
 def test_train_grafts_a_plain_checkpoint(pictures, tmp_path):
-    """All but the head, which train.py always begins anew for `--pretrained-path`; compiled, and in bfloat16."""
-    plain = timm.create_model('mobilenetv2_050', num_classes=len(CLASSES))
-    save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    """Compiled, and in bfloat16. The head is new: train.py always begins it anew for `--pretrained-path`."""
+    plain = timm.create_model('mobilenetv2_050', num_classes=len(CLASSES)).state_dict()
+    save_file(plain, tmp_path / 'plain.safetensors')
+    # train.py takes a learning rate of 0 for not given
     done = train(
-        pictures, tmp_path / 'grafted', 'mobilenetv2_050_ela_t', '--epochs', 1, *STILL, '--pretrained',
+        pictures, tmp_path / 'grafted', 'mobilenetv2_050_ela_t', '--epochs', 1, '--lr', 1e-30, '--pretrained',
         '--pretrained-path', tmp_path / 'plain.safetensors', '--amp', '--amp-dtype', 'bfloat16',
         '--torchcompile', 'eager')
     assert done.stderr.count('Grafted plain weights onto mobilenetv2_050_ela_t') == 1
-    plain, grafted = plain.state_dict(), checkpoint(tmp_path / 'grafted')['state_dict']
-    for key, value in grafted.items():
-        if not is_weight(key):
-            continue
-        if key.endswith('.se.conv.weight'):
-            assert value.std() > 0
-        elif key.startswith('classifier.'):
-            assert not torch.equal(value, plain[key])
-        else:
-            expected = torch.zeros_like(value) if '.se.gn.' in key else plain[key]
-            # the scale of a norm behind ELA makes up for its eps
-            rtol = 1e-3 if key.endswith('bn3.weight') else 0
-            torch.testing.assert_close(value, expected, rtol=rtol, atol=1e-20, msg=key)
+    grafted = checkpoint(tmp_path / 'grafted')['state_dict']
+    assert all(torch.equal(v, grafted[k]) for k, v in plain.items() if v.ndim == 4)
 
 
-# validate.py, inference.py
+# validate.py
 def test_the_validate_command_in_a_card_repeats_the_metrics_of_training(pictures, trained, tmp_path):
     """Of the averaged weights, as train.py's are with `--model-ema`."""
-    run([sys.executable, '-m', 'timm_ela', 'export', trained, tmp_path / 'my-model'])
+    export_run(trained, tmp_path / 'my-model')
     card = (tmp_path / 'my-model' / 'README.md').read_text(encoding='utf-8')
     [command] = re.findall(r'^validate\.py (.*)$', card, re.MULTILINE)
     own = {'DATA': pictures, 'hf-hub:OWNER/NAME': f'local-dir:{tmp_path / "my-model"}'}
@@ -151,20 +128,6 @@ def test_the_validate_command_in_a_card_repeats_the_metrics_of_training(pictures
     assert loss == pytest.approx(row['eval_loss'], rel=1e-3)
 
 
-def test_inference_names_the_classes_that_training_measured(pictures, trained, tmp_path):
-    script(
-        'inference.py', '--data-dir', pictures, '--model', 'resnet18_ela_b', '--num-classes', len(CLASSES),
-        '--checkpoint', trained / 'last.pth.tar', '--img-size', 32, '--use-train-size', '-b', 5, '-j', 1,
-        '--device', 'cpu', '--label-type', 'none', '--include-index', '--results-dir', tmp_path, '--results-file',
-        'inference', '--no-console-results')
-    with open(tmp_path / 'inference.csv') as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == VALIDATION
-    folders = sorted(CLASSES)
-    right = [row['filename'].startswith(folders[int(row['index'])]) for row in rows]
-    assert 100 * sum(right) / len(right) == pytest.approx(summary(trained)[0]['eval_top1'], abs=1e-3)
-
-
 # benchmark.py
 def test_benchmark_measures_inference_and_training():
     done = script(
@@ -174,21 +137,18 @@ def test_benchmark_measures_inference_and_training():
     assert measured['model'] == 'mobilenetv2_050_ela_t'
     assert measured['infer_samples_per_sec'] > 0
     assert measured['train_samples_per_sec'] > 0
-    count = sum(p.numel() for p in timm.create_model('mobilenetv2_050_ela_t', num_classes=10).parameters())
-    assert measured['param_count'] == pytest.approx(count / 1e6, abs=0.006)
 
 
 # onnx_export.py
-@pytest.mark.parametrize('flag, sizes', [('--dynamic-size', [(32, 32), (48, 80)]), ('--dynamo', [(32, 32)])])
-def test_onnx_export_computes_the_same(trained, tmp_path, flag, sizes):
+def test_onnx_export_computes_the_same_at_any_size(trained, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     script(
         'onnx_export.py', tmp_path / 'model.onnx', '--model', 'resnet18_ela_b', '--num-classes', len(CLASSES),
-        '--checkpoint', trained / 'last.pth.tar', '--img-size', 32, flag)
+        '--checkpoint', trained / 'last.pth.tar', '--img-size', 32, '--dynamic-size')
     model = timm.create_model(
         'resnet18_ela_b', num_classes=len(CLASSES), checkpoint_path=trained / 'last.pth.tar').eval()
     session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
-    for height, width in sizes:
+    for height, width in ((32, 32), (48, 80)):
         x = torch.randn(1, 3, height, width)
         [logits] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         with torch.no_grad():
