@@ -1,7 +1,6 @@
 """What `plot_attention` draws and `timm-ela plot` writes: the numbers of `observe`, on one scale, in words."""
 import importlib
 import os
-import re
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import ROOT
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -119,7 +117,7 @@ def test_a_sentence_says_how_far_the_gates_are_from_a_grafts(image, bias, said):
 
 
 @pytest.mark.parametrize('name, below, title', [
-    ('dog', 'dog', 'dog'), (r'$\none$', r'$\none$', r'$\none$'),
+    (r'$\none$', r'$\none$', r'$\none$'),
     ('rubber eraser, rubber, pencil eraser', 'rubber eraser', 'rubber eraser, rubber'),
     ('a very long name of a class', 'a very long name o…', 'a very long name of a…')])
 def test_a_class_name_is_as_long_as_there_is_space_and_no_formula(image, name, below, title):
@@ -132,39 +130,33 @@ def test_a_class_name_is_as_long_as_there_is_space_and_no_formula(image, name, b
     assert titled(plot_attention(image, plain, class_names=[name] * 10), f'Grad-CAM: nothing speaks for\n{title}')
 
 
-def test_models_stand_below_each_other_in_columns(image):
+def test_models_stand_below_each_other_and_pictures_keep_the_ratio_of_their_sides(image):
     models = [make_model('resnet18'), make_model('resnet18_ca', size=(128, 64)), make_model()]
     figure = plot_attention(image, models, titles=['plain', 'CA', 'ELA'])
     FigureCanvasAgg(figure).draw()
     titles = [titled(figure, title)[0] for title in ('plain', 'CA', 'ELA')]
-    pictures, cams = titled(figure, 'What the model saw'), titled(figure, 'Grad-CAM')
+    pictures = titled(figure, 'What the model saw')
     rows = [ax.get_window_extent() for group in zip(titles, pictures, strict=True) for ax in group]
     assert all(above.y0 > row.y1 for above, row in zip(rows, rows[1:], strict=False))
-    for panels in (pictures, cams):
+    for panels in (pictures, titled(figure, 'Grad-CAM')):
         boxes = [ax.get_window_extent() for ax in panels]
-        np.testing.assert_allclose([box.x0 for box in boxes], boxes[0].x0)
-        # the ratio of the picture's sides
         np.testing.assert_allclose([box.height / box.width for box in boxes], [2 / 3, 2, 2 / 3], rtol=0.02)
-    assert len([text for text in texts(figure) if '%' in text]) == 15
     assert texts(figure).count('The model has no ELA, so no gates are drawn.') == 2
     with pytest.raises(ValueError, match='There are 3 models, but 2 titles'):
         plot_attention(image, models, titles=['a', 'b'])
 
 
 @pytest.mark.parametrize('models, kwargs', [
-    ([{'size': (64, 64)}], {'stages': [1]}),
     ([{'size': (32, 128)}], {'stages': [1, 4]}),
     ([{'size': (128, 64), 'in_chans': 1, 'num_classes': 2}], {}),
     ([{'bias': 0}, {'name': 'resnet18_ca'}], {'stages': [3, 4], 'mean': True}),
     ([{'name': 'resnet18'}], {'topk': 10, 'titles': [f'local-dir:{"folder/" * 20}my-model']}),
     ([{'name': 'resnet18'}, {}, {'name': 'mobilenetv2_ela_b', 'size': (96, 64)}], {'topk': 8}),
-    ([{'features_only': True, 'num_classes': None}], {}),
 ])
 def test_no_text_is_clipped_or_overlaps_another(image, models, kwargs):
     models = [make_model(**model) for model in models]
-    if classes := getattr(models[0], 'num_classes', None):
-        kwargs['class_names'] = sorted(ImageNetInfo().label_descriptions(), key=len)[-classes:]
-    figure = plot_attention(image, models, **kwargs)
+    longest = sorted(ImageNetInfo().label_descriptions(), key=len)[-models[0].num_classes:]
+    figure = plot_attention(image, models, class_names=longest, **kwargs)
     FigureCanvasAgg(figure).draw()
     shown, panels = [], figure.findobj(Axes)
     for ax in panels:
@@ -210,7 +202,6 @@ def test_the_file_is_a_picture_without_pyplot(plot, monkeypatch):
     ({'image': 'no.png', 'models': ['none']}, 'No such file or directory: .*no.png'),
     ({'image': 'out.png'}, 'cannot identify image file .*out.png'),
     ({'models': ['resnet18', '.']}, r"^'\.' is a folder, not a model name: give local-dir:\.\.$"),
-    ({'models': ['resnet18', 'resnet18_ela_x']}, 'Unknown model'),
     ({'stages': [7]}, 'no ELA in stage 7'),
 ])
 def test_a_failure_is_one_line_and_keeps_the_older_file(plot, kwargs, error):
@@ -243,10 +234,3 @@ def test_the_command_loads_the_models_and_passes_its_options_on(plot, monkeypatc
     assert made == dict(zip(models, ['--no-pretrained' not in options, True, True], strict=True))
     defaults = {'stages': None, 'class_index': None, 'channel': None, 'mean': False}
     assert drawn == [{'titles': models, **defaults, **asked}]
-
-
-def test_the_readme_begins_with_a_picture_that_loads_fast():
-    before, _, rest = (ROOT / 'README.md').read_text(encoding='utf-8').partition('](')
-    picture = ROOT / rest.partition(')')[0]
-    assert re.fullmatch(r'# timm_ela\n\n!\[[^]]+', before)
-    assert Image.open(picture).width >= 900 and picture.stat().st_size < 150_000
