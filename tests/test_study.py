@@ -107,21 +107,12 @@ def test_gates_are_measured_over_images_channels_and_positions_by_stage(randomiz
     assert measured[2] == pytest.approx(tuple(expected), rel=1e-4)
 
 
-def test_frozen_gates_are_a_quarter_everywhere_and_the_trained_ones_stay(randomize):
+def test_frozen_gates_are_a_quarter_everywhere_and_the_models_own_stay(randomize):
     model = randomize(timm.create_model('tf_efficientnet_lite0_ela_s')).eval()
-    state = {k: v.clone() for k, v in model.state_dict().items()}
     loader = [(torch.randn(2, 3, 64, 96), None)]
+    measured = gates.measure_gates(model, loader)
     assert set(gates.measure_gates(gates.freeze(model), loader).values()) == {(0.25, 0.0, 0.0)}
-    assert all(min(spreads) > 0.01 for _, *spreads in gates.measure_gates(model, loader).values())
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-
-
-def test_the_page_of_the_gates_tells_how_far_they_moved_and_what_they_add():
-    rows = [{'arm': 'ela_b', 'seed': seed, 'stage': stage, 'mean': 0.25 + 0.01 * stage, 'spread': 0.1, 'within': 0.05,
-             'images': 8, 'top1': 90 + seed, 'top1_frozen': 88, 'test_images': 9}
-            for seed in (0, 1) for stage in (1, 2)]
-    expected = ['2', '90.50', '88.00', '-2.50', '+0.010, 0.100, 0.050', '+0.020, 0.100, 0.050']
-    assert cells(gates.page(pd.DataFrame(rows), 'data'), 'ELA-B') == expected
+    assert gates.measure_gates(model, loader) == measured
 
 
 @pytest.fixture
