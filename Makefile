@@ -58,7 +58,7 @@ compat-lowest:
 conformance: $(INSTALLED)
 	$(BIN)/python tests/conformance.py -n 2
 
-## cards          write counts.csv, the cards in weights_cards/, and the README's picture and table of models
+## cards          write counts.csv, the cards in weights_cards/, their index, and the picture of README
 cards: $(INSTALLED)
 	$(BIN)/python weights_cards/make_cards.py
 

@@ -1,4 +1,4 @@
-"""`make cards`: writes counts.csv, a model card for each backbone, and the README's picture and table of models."""
+"""`make cards`: writes counts.csv, a model card for each backbone, the index of the cards, and the README's picture."""
 import csv
 import re
 from pathlib import Path
@@ -19,7 +19,6 @@ from timm_ela.observe import observe
 from timm_ela.plot import draw
 
 ROOT = Path(__file__).resolve().parents[1]
-START, END = '<!-- models: make cards -->\n', '<!-- end of models -->'
 BASES = list(dict.fromkeys(model.base for model in MODELS.values() if model.layer.tag != 'elsa'))
 ELSA_MODELS = [model for model in MODELS.values() if model.layer.tag == 'elsa']
 # of scikit-image, CC0 or in the public domain
@@ -191,34 +190,50 @@ def elsa_volo_texts() -> list[str]:
     ]
 
 
-def models_table() -> str:
-    """Returns the README's tables: parameters in millions of the backbones with ELA, and of the models with ELSA."""
+def names_by_suffix(base: str) -> dict[str, str]:
+    """Returns the names of a backbone's models by their suffixes, such as 'ela_b'."""
+    return {model.layer.suffix: model.name for model in MODELS.values() if model.base == base}
+
+
+def index_page() -> str:
+    """Returns the index of the cards: sizes of the models in millions of parameters, and what each layer costs."""
     counts = read_counts()
     sizes = [layer for layer in ATTN_LAYERS.values() if layer.tag == 'ela']
     rows = []
     for base in BASES:
-        names = {model.layer.suffix: model.name for model in MODELS.values() if model.base == base}
-        prefix = names['ela_b'].removesuffix('_ela_b')
+        names = names_by_suffix(base)
         rows.append([
-            f'[`{prefix}`](weights_cards/{base}.md)', f'{counts[base].params / 1e6:.3f}',
-            *(f'{counts[names[layer.suffix]].params / 1e6:.3f}' for layer in sizes)])
+            f'[`{names["ela_b"].removesuffix("_ela_b")}`]({base}.md)',
+            *(f'{counts[name].params / 1e6:.3f}' for name in (base, *(names[layer.suffix] for layer in sizes)))])
+    layers = []
+    for layer in ATTN_LAYERS.values():
+        cells = [f'`_{layer.suffix}`', f'[{layer.title}]({layer.paper.url})']
+        for base in ('resnet50', 'mobilenetv2_100', 'mobilenetv4_conv_small'):
+            plain, ours = counts[base], counts[names_by_suffix(base)[layer.suffix]]
+            cells += [f'{ours.params - plain.params:,}', f'{ours.saved / plain.saved:.3f}']
+        layers.append(cells)
     elsa = [
-        [f'[`{model.name}`](weights_cards/{model.name}.md)',
+        [f'[`{model.name}`]({model.name}.md)',
          *(f'{counts[name].params / 1e6:.3f}' for name in (model.base, model.name))] for model in ELSA_MODELS]
     return '\n\n'.join([
+        '# Models',
+        'A name is a prefix and a suffix: `resnet50` + `_ela_b`. Parameters in millions with 1000 classes; the card of '
+        'a backbone has all layers, multiply-adds, memory and tags.',
         table(['prefix', 'plain', *(f'`_{layer.suffix}`' for layer in sizes)], rows),
-        table(['model', 'plain Swin or VOLO', 'with ELSA'], elsa)])
+        '## Layers',
+        'What a layer adds: parameters, and the memory that a training step in float32 at 224 px keeps for its '
+        'backward pass, as a multiple of the plain model\'s.',
+        table(['suffix', 'layer', 'ResNet-50', 'memory', 'MobileNetV2', 'memory', 'MobileNetV4 conv small', 'memory'],
+              layers),
+        '## ELSA',
+        table(['model', 'plain Swin or VOLO', 'with ELSA'], elsa)]) + '\n'
 
 
-def write_all(root: Path) -> None:
-    """Writes the cards and the table under the project's root."""
-    for base in BASES:
-        (root / 'weights_cards' / f'{base}.md').write_text(backbone_card(base), encoding='utf-8')
-    for model in ELSA_MODELS:
-        (root / 'weights_cards' / f'{model.name}.md').write_text(elsa_card(model), encoding='utf-8')
-    readme = root / 'README.md'
-    before, rest = readme.read_text(encoding='utf-8').split(START)
-    readme.write_text(f'{before}{START}{models_table()}\n{END}{rest.split(END)[1]}', encoding='utf-8')
+def write_all(folder: Path) -> None:
+    """Writes the cards and their index into a folder."""
+    pages = {**{base: backbone_card(base) for base in BASES}, **{model.name: elsa_card(model) for model in ELSA_MODELS}}
+    for name, page in {**pages, 'README': index_page()}.items():
+        (folder / f'{name}.md').write_text(page, encoding='utf-8')
 
 
 def write_picture(path: Path) -> None:
@@ -233,5 +248,5 @@ def write_picture(path: Path) -> None:
 
 if __name__ == '__main__':
     write_counts(ROOT / 'timm_ela' / 'models' / 'counts.csv')
-    write_all(ROOT)
+    write_all(ROOT / 'weights_cards')
     write_picture(ROOT / 'weights_cards' / 'photographs.webp')

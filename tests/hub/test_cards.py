@@ -1,4 +1,4 @@
-"""weights_cards/, the README's table of models and timm's registry say the same; `make cards` writes the first two."""
+"""weights_cards/ and timm's registry say the same; `make cards` writes the cards and their index."""
 import re
 import sys
 from pathlib import Path
@@ -30,16 +30,16 @@ def table(markdown: str, header: str) -> list[list[str]]:
     return [[cell.strip(' `') for cell in line.strip('|').split('|')] for line in lines if line.startswith('|')]
 
 
-def test_make_cards_writes_the_cards_and_the_readmes_table_and_nothing_else(tmp_path):
-    (tmp_path / 'weights_cards').mkdir()
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert readme.count(cards.START) == readme.count(cards.END) == 1
-    (tmp_path / 'README.md').write_text(readme.replace(cards.END, f'old\n{cards.END}'), encoding='utf-8')
+def test_make_cards_writes_the_cards_and_their_index_and_nothing_else(tmp_path):
     cards.write_all(tmp_path)
-    written = {path.name: path.read_text(encoding='utf-8') for path in (tmp_path / 'weights_cards').iterdir()}
-    assert written.keys() == {*CARDS, *ELSA_CARDS} == {path.name for path in (ROOT / 'weights_cards').glob('*.md')}
+    written = {path.name: path.read_text(encoding='utf-8') for path in tmp_path.iterdir()}
+    names = {path.name for path in (ROOT / 'weights_cards').glob('*.md')}
+    assert written.keys() == {'README.md', *CARDS, *ELSA_CARDS} == names
     assert [name for name in written if written[name] != text(name)] == []
-    assert (tmp_path / 'README.md').read_text(encoding='utf-8') == readme
+
+
+def test_the_index_links_every_card():
+    assert set(re.findall(r'\]\(([\w.]+)\)', text('README.md'))) == {*CARDS, *ELSA_CARDS}
 
 
 @pytest.mark.parametrize('name', ELSA_CARDS)
