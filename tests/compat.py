@@ -26,7 +26,7 @@ TESTS_OF = {'transformers4': ['hub', 'ecosystem/test_libraries.py']}
 # arguments of a model by itself, makes no new head for a pruned EfficientNet, and gives a Swin no window that is not
 # square.
 DESELECTED = {
-    'lowest': 'not exports_with_any_height_and_width and not (elsa_volo and onnxruntime) '
+    'lowest': 'not exports_with_any_height_and_width and not (elsa_volo and exports) '
               'and not (attn_layers and (exported and not ela_ or onnxruntime)) '
               'and not only_operators_that_phones_have and not (pruned and transformed) '
               'and not saved_model_keeps_its_slot and not (test_models and compiles_as_one_graph) '

@@ -2,7 +2,6 @@
 
 What is imported first, and in which environment, is what the tests with processes of their own test.
 """
-import copy
 import io
 import json
 import os
@@ -10,7 +9,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -245,16 +244,15 @@ WAYS = {
     'symbolically_traced_and_scripted': lambda m, x: torch.jit.script(torch.fx.symbolic_trace(m)),
     'compiled': compiled,
     'exported': lambda m, x: exported(m, x, n=0, h=2, w=3),
-    'copied': lambda m, x: copy.deepcopy(m),
     'pickled': lambda m, x: pickle.loads(pickle.dumps(m)),
 }
 
 
-def in_onnxruntime(model: nn.Module | torch.export.ExportedProgram, *args: Tensor) -> Callable[[Tensor], Tensor]:
-    """What onnxruntime calls in place of a model, or of a program, which needs no arguments."""
+def in_onnxruntime(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's output for x, by onnxruntime."""
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
     file = io.BytesIO()
-    torch.onnx.export(model, args, dynamo=True, verbose=False).save(file)
+    torch.onnx.export(model, (x,), dynamo=True, verbose=False).save(file)
     session = onnxruntime.InferenceSession(file.getvalue(), providers=['CPUExecutionProvider'])
-    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])

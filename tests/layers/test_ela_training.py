@@ -158,9 +158,8 @@ def test_forward_mode_derivatives_are_those_of_the_formula(make):
     torch.testing.assert_close(got, (m(x + step * direction) - m(x - step * direction)) / (2 * step))
 
 
-@pytest.mark.parametrize('size', [(6, 11), (6, 6)], ids=str)
-def test_an_empty_batch_gives_an_empty_output_and_no_gradient(make, size, memory_format):
-    m, x = make(32), torch.randn(0, 32, *size).to(memory_format=memory_format).requires_grad_()
+def test_an_empty_batch_gives_an_empty_output_and_no_gradient(make, memory_format):
+    m, x = make(32), torch.randn(0, 32, 6, 11).to(memory_format=memory_format).requires_grad_()
     y = m(x)
     assert y.shape == x.shape
     y.sum().backward()

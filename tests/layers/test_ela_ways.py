@@ -2,20 +2,14 @@
 import pytest
 import torch
 from helpers import exported
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import functional_call, grad, vmap
 
 from timm_ela import EfficientLocalAttention
 
 pytestmark = pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning', 'ignore::torch.jit.TracerWarning')
 
 
-def test_a_symbolic_trace_has_one_node_for_each_call(make):
-    graph = torch.fx.symbolic_trace(make(32)).graph
-    calls = [n.target.__name__ for n in graph.nodes if n.op == 'call_function' and n.target.__name__ != 'getitem']
-    assert calls == ['strips', *2 * ['strip_conv', 'group_norm'], 'gate']
-
-
-FIXED = [(2, 32, 7, 13), (1, 32, 13, 7), (3, 32, 2, 3), (2, 32, 1, 5), (2, 16, 1, 5), (2, 48, 9, 9)]
+FIXED = [(2, 32, 7, 13), (1, 32, 13, 7), (3, 32, 2, 3), (2, 16, 1, 5)]
 
 
 @pytest.mark.parametrize('shape', FIXED, ids=str)
@@ -52,27 +46,12 @@ def test_an_export_refuses_a_single_value_in_a_group_as_eager_does(make):
         torch.export.export(make(16).eval(), (torch.randn(1, 16, 1, 5),))
 
 
-@pytest.mark.parametrize('size', [(6, 11), (7, 7)], ids=str)
-def test_an_export_of_fixed_size_takes_any_batch(make, size):
+def test_an_export_of_fixed_size_takes_any_batch(make):
     m = make(32).eval()
-    program = exported(m, torch.randn(2, 32, *size), n=0)
+    program = exported(m, torch.randn(2, 32, 6, 11), n=0)
     for n in (1, 5):
-        x = torch.randn(n, 32, *size)
+        x = torch.randn(n, 32, 6, 11)
         torch.testing.assert_close(program(x), m(x))
-
-
-def test_an_ensemble_of_modules_runs_under_vmap(make):
-    modules = [make(16, 's') for _ in range(3)]
-    params, buffers = stack_module_state(modules)
-    x = torch.randn(2, 16, 6, 5)
-    y = vmap(lambda p, b: functional_call(modules[0], (p, b), (x,)))(params, buffers)
-    torch.testing.assert_close(y, torch.stack([m(x) for m in modules]))
-
-
-def test_gates_run_under_vmap(make):
-    m, x = make(16, 'b'), torch.randn(3, 2, 16, 6, 5)
-    for together, one_by_one in zip(vmap(m.gates)(x), zip(*map(m.gates, x), strict=True), strict=True):
-        torch.testing.assert_close(together, torch.stack(one_by_one))
 
 
 def test_gradients_of_each_sample_run_under_vmap(make):

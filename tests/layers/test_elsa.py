@@ -3,7 +3,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DEVICE, FullSize, in_onnxruntime, on_cpu
-from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from timm_ela.layers.elsa import EnhancedLocalSelfAttention, elsa, local_attention
@@ -77,7 +76,7 @@ def test_first_and_second_derivatives_are_those_of_the_operator(with_mul):
     def call(v, attn, mul, add):
         return elsa(v, attn, mul, add, 3)
 
-    assert gradcheck(call, args) and gradgradcheck(call, args)
+    assert gradcheck(call, args) and gradgradcheck(call, args, fast_mode=True)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -150,12 +149,13 @@ def test_scripted_traced_transformed_and_cast_it_is_the_same(options):
 
 
 @on_cpu
-def test_exported_it_is_a_few_dozen_operations_and_runs_in_onnxruntime():
-    module, x = EnhancedLocalSelfAttention(24, 3, 7, lam=0).eval(), torch.randn(2, 9, 12, 24)
+@pytest.mark.parametrize(('options', 'nodes'), [({'kernel_size': 7, 'lam': 0}, 100), ({}, 300)], ids=str)
+def test_exported_it_is_few_operations_and_runs_in_onnxruntime(options, nodes):
+    module, x = EnhancedLocalSelfAttention(24, 3, **options).eval(), torch.randn(2, 9, 12, 24)
     program = torch.export.export(module, (x,))
-    assert len(program.graph.nodes) < 100
+    assert len(program.graph.nodes) < nodes
     torch.testing.assert_close(program.module()(x), module(x))
-    torch.testing.assert_close(in_onnxruntime(module, x)(x), module(x).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(in_onnxruntime(module, x), module(x).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_it_says_what_it_cannot_be():
@@ -171,4 +171,5 @@ def test_dropout_is_of_the_attention_and_of_the_output():
     module, x = EnhancedLocalSelfAttention(24, 3, attn_drop=0.5, proj_drop=0.5), torch.randn(1, 6, 5, 24)
     assert not torch.equal(module(x), module(x))
     assert (module(x) == 0).float().mean() == pytest.approx(0.5, abs=0.15)
-    assert isinstance(module.eval(), nn.Module) and torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))

