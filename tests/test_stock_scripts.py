@@ -61,11 +61,6 @@ def checkpoint(run_dir: Path) -> dict:
     return torch.load(run_dir / 'last.pth.tar', map_location='cpu', weights_only=False)
 
 
-def result(done: CompletedProcess):
-    """What the scripts print for programs to read."""
-    return json.loads(done.stdout.partition('--result\n')[2])
-
-
 @pytest.fixture(scope='module')
 def trained(pictures, tmp_path_factory) -> Path:
     """One epoch from scratch; timm's last batch norms at zero would keep the attention still for its first steps."""
@@ -86,8 +81,6 @@ def test_train_moves_every_ela_weight(trained):
     for key, value in own.items():
         assert torch.isfinite(value).all()
         assert not torch.equal(value, saved['state_dict_ema'][key]), key  # the average lags behind what moves
-        if 'gn' in key:
-            assert not torch.equal(value, torch.full_like(value, float(key.endswith('weight')))), key
 
 
 def test_train_resumes_as_torchscript_where_the_hook_is_off(pictures, trained, tmp_path):
@@ -123,20 +116,10 @@ def test_the_validate_command_in_a_card_repeats_the_metrics_of_training(pictures
     done = script('validate.py', *(own.get(word, word) for word in shlex.split(command)), '--device', 'cpu')
     [row] = summary(trained)
     assert row['eval_top1'] > 34  # more than one class for all would give
-    assert result(done)['top1'] == pytest.approx(row['eval_top1'], abs=1e-3)
+    result = json.loads(done.stdout.partition('--result\n')[2])
+    assert result['top1'] == pytest.approx(row['eval_top1'], abs=1e-3)
     loss = float(re.search(r'Loss:\s+([\d.]+)', done.stderr)[1])  # one batch holds all pictures
     assert loss == pytest.approx(row['eval_loss'], rel=1e-3)
-
-
-# benchmark.py
-def test_benchmark_measures_inference_and_training():
-    done = script(
-        'benchmark.py', '--model', 'mobilenetv2_050_ela_t', '--bench', 'both', '--device', 'cpu', '-b', 2,
-        '--img-size', 32, '--num-warm-iter', 1, '--num-bench-iter', 5, '--num-classes', 10)
-    measured = result(done)
-    assert measured['model'] == 'mobilenetv2_050_ela_t'
-    assert measured['infer_samples_per_sec'] > 0
-    assert measured['train_samples_per_sec'] > 0
 
 
 # onnx_export.py
