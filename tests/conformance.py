@@ -2,8 +2,8 @@
 
     python tests/conformance.py [any pytest option, such as -n 2, -k resnet18_ela, --hub]
 
-The distribution comes from the package index, once per version; without an index, put `timm-<version>.tar.gz` into
-`.cache/`. This file is also the pytest plugin that shows timm's tests our models in place of timm's.
+The distribution comes from the package index, once per version. This file is also the pytest plugin that shows timm's
+tests our models in place of timm's.
 """
 import os
 import subprocess
@@ -33,42 +33,34 @@ def fetch_timm_tests() -> Path:
         Unavailable: If the package index does not give the distribution.
     """
     name = f'timm-{version("timm")}'
-    folder, archive = CACHE / name, CACHE / f'{name}.tar.gz'
+    folder = CACHE / name
     if folder.exists():
         return folder
     CACHE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:  # renamed when complete: two runs may fetch at once
-        scratch = Path(scratch)
-        if not archive.exists():
-            requirement = name.replace('-', '==')
-            command = [
-                sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-binary', 'timm', '-d', scratch, requirement]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
-                raise Unavailable(f'pip download of {requirement} (source) failed: {reason}')
-            os.replace(scratch / archive.name, archive)
-        with tarfile.open(archive) as tar:
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        requirement = name.replace('-', '==')
+        command = [
+            sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-binary', 'timm', '-d', scratch, requirement]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
+            raise Unavailable(f'pip download of {requirement} (source) failed: {reason}')
+        with tarfile.open(Path(scratch, f'{name}.tar.gz')) as tar:
             wanted = (f'{name}/tests/', f'{name}/pyproject.toml')
             tar.extractall(scratch, [m for m in tar.getmembers() if m.name.startswith(wanted)], filter='data')
-        try:
-            os.replace(scratch / name, folder)
-        except OSError:
-            if not folder.exists():
-                raise
+        # renamed when complete
+        Path(scratch, name).rename(folder)
     return folder
 
 
 def main(args: list[str]) -> int:
     """Runs timm's tests of our models with these pytest options; returns pytest's exit code."""
     tests = fetch_timm_tests()
-    command = [
-        sys.executable, '-m', 'pytest', '-p', 'conformance', '-p', 'no:cacheprovider', '-c', tests / 'pyproject.toml',
-        tests / 'tests' / 'test_models.py', *args]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get('PYTHONPATH')]))
     # Where processes share the cores (-n 2), threads that wait for each other cost several times the work.
-    env = {'OMP_NUM_THREADS': '1', **os.environ, 'PYTHONPATH': path}
-    return subprocess.run(command, env=env).returncode
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    return pytest.main([
+        '-p', 'conformance', '-p', 'no:cacheprovider', '-c', str(tests / 'pyproject.toml'),
+        str(tests / 'tests' / 'test_models.py'), *args])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
