@@ -156,7 +156,7 @@ def test_the_card_is_a_valid_model_card_with_the_accuracy_the_recipe_and_the_ver
     assert {(r.dataset_name, r.dataset_split, r.metric_type) for r in data.eval_results} == {
         ('Some Flowers', 'test', 'accuracy')}
     assert 'On the test split, after epoch 1 ' in text and '70.50 %' in text and '64 x 64' in text
-    assert '8 epochs, batch size 64, optimizer adamw. [args.yaml](./args.yaml) holds all arguments' in text
+    assert 'Epochs: 8, batch size: 64, optimizer: adamw. [args.yaml](./args.yaml) holds all arguments' in text
     assert '\ntrain.py --config args.yaml --data-dir DATA\n' in text
     assert f'timm {timm.__version__}, torch {torch.__version__}' in text
     assert '\n\n\n' not in text and '{' not in text.split('```bibtex')[0]

@@ -42,7 +42,7 @@ validate.py --data-dir DATA {{ validate_options }}
 {% endif %}
 ## Recipe
 
-{{ args.epochs }} epochs, batch size {{ args.batch_size }}, optimizer {{ args.opt }}. \
+Epochs: {{ args.epochs }}, batch size: {{ args.batch_size }}, optimizer: {{ args.opt }}. \
 [args.yaml](./args.yaml) holds all arguments, but of files that are not published here only the names. \
 To repeat the run:
 
