@@ -137,6 +137,30 @@ def test_resnet50_se_in_the_output_slot_is_timms_seresnet50(randomize, image):
     assert torch.equal(ours(image), theirs(image))
 
 
+@pytest.mark.parametrize('name', ['resnet50_ela_b', 'mobilenetv2_050_ca', 'mobilenetv4_conv_small_050_cbam'])
+def test_zero_init_attn_trains_from_what_the_plain_model_computes(name, image):
+    model = timm.create_model(name, zero_init_attn=True).train()
+    plain = timm.create_model(MODELS[name].base).train()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if '.se.' not in k})
+    torch.testing.assert_close(model(image), plain(image), rtol=1e-2, atol=1e-2)
+    # as published, gates vary with noise
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(timm.create_model(name).train()(image), plain(image), rtol=1e-2, atol=1e-2)
+
+
+def test_zero_init_attn_leaves_trained_weights():
+    weights = {'state_dict': timm.create_model('resnet18_ela_b').state_dict()}
+    model = timm.create_model(
+        'resnet18_ela_b', zero_init_attn=True, pretrained=True, pretrained_cfg_overlay=weights)
+    assert torch.equal(model.layer1[0].se.gn.weight, weights['state_dict']['layer1.0.se.gn.weight'])
+
+
+@pytest.mark.parametrize('name', ['resnet18_triplet', 'resnet18_sa', 'elsa_swin_tiny'])
+def test_zero_init_attn_needs_a_neutral_point(name):
+    with pytest.raises(ValueError, match=f'zero_init_attn is not for {name}'):
+        timm.create_model(name, zero_init_attn=True, device='meta')
+
+
 def test_a_saved_model_keeps_its_slot(build, image, tmp_path):
     model = build('resnet50_ela_b', attn_slot='output')
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)

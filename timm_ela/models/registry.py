@@ -112,13 +112,23 @@ def register_models(models: Sequence[Model]) -> dict[str, Callable[..., nn.Modul
 
 
 def _entrypoint(model: Model) -> Callable[..., nn.Module]:
-    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+    """Returns timm's entry point of a model. Its `zero_init_attn` starts random weights at the neutral point."""
+    neutral = model.layer.neutral
+
+    def entrypoint(pretrained: bool = False, zero_init_attn: bool = False, **kwargs) -> nn.Module:
+        if zero_init_attn and not neutral:
+            raise ValueError(f'zero_init_attn is not for {model.name}: {model.layer.title} has no neutral point.')
         if pretrained and model.layer.no_weights:
             cfg = resolve_pretrained_cfg(
                 model.name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
             if not (cfg.has_weights or cfg.state_dict):
                 raise RuntimeError(f'There are no pretrained weights for {model.name}: {model.layer.no_weights}')
-        return model.family.build(model, pretrained, **kwargs)
+        built = model.family.build(model, pretrained, **kwargs)
+        if zero_init_attn and neutral and not pretrained:
+            for name, parameter in built.named_parameters():
+                if name.endswith(tuple(f'.se.{k}' for k in neutral.zeroed)):
+                    nn.init.zeros_(parameter)
+        return built
 
     entrypoint.__name__ = entrypoint.__qualname__ = model.name
     entrypoint.__doc__ = f'{model.base} with {model.layer.title} - {model.layer.paper.url}'
