@@ -62,9 +62,9 @@ conformance: $(INSTALLED)
 cards: $(INSTALLED)
 	$(BIN)/python weights_cards/make_cards.py
 
-## study          train ELA and the other layers with timm's scripts: 2 to 5 hours
+## study          train ELA and the other layers with timm's scripts: 1 to 2 hours
 # Trains ELA and the other layers with timm's train.py: STUDY=finetune takes about 2 hours on two cores, STUDY=scratch
-# about 5. It skips finished runs. Other variables: DATA, a folder with train/ and test/; TIMM_SCRIPTS, a folder with
+# more than 1. It skips finished runs. Other variables: DATA, a folder with train/ and test/; TIMM_SCRIPTS, a folder with
 # timm's scripts alone; DEVICE (cpu or cuda); JOBS, runs at a time; OPTIONS of study.py.
 STUDY ?= finetune
 DEVICE ?= cpu

@@ -25,7 +25,8 @@ one head. Seeds differ in the head, the layers' random weights, the order and th
 
 All arms of a seed start from the same random weights of MobileNetV2 0.5. The layers start as published. "From its
 neutral point" is a graft: every gate of ELA is 1/4 at first (the weight of its GroupNorm is 0), and the model computes
-what the plain one does. Seeds differ in the weights, the order and the augmentation, not in the images.
+what the plain one does. Seeds differ in the weights, the order and the augmentation, not in the images. The learning
+rate is high, since it is the plain model's best; a layer that loses here may want a lower one.
 """,
 }
 INTRO = """\
