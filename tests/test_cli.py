@@ -52,7 +52,7 @@ def test_list_tells_the_names_that_the_filter_finds_with_their_counts_and_tags(c
     assert {f'{m["name"]}.{tag}' for m in models for tag in m['tags']} == set(timm.list_pretrained(names))
     for m in models:
         model, counts = MODELS[m['name']], read_counts()[m['name']]
-        assert m['backbone'] == model.base and (m['params'], m['macs']) == counts
+        assert m['backbone'] == model.base and (m['params'], m['macs'], m['saved']) == counts
         default = timm.get_pretrained_cfg(m['name']).tag
         assert default == m['tags'][0] or default not in m['tags']
 
