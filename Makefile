@@ -86,9 +86,8 @@ TABLE ?= output/study/$(notdir $(DATA)).$(STUDY).csv
 study-gates: $(INSTALLED)
 	$(BIN)/python weights_cards/studies/gates.py '$(DATA)' '$(TABLE)'
 
-## bench          compare the speed of the models with that of the plain ones: 20 minutes
-# Compares the speed of the models with that of the plain ones: 20 minutes on two idle cores, and 2 more to compile each
-# model's training step. BENCH: options of bench_models.py.
+## bench          compare the speed of MobileNetV2 with attention with that of the plain model
+# On two idle cores; compiling takes minutes. BENCH: options of bench_models.py, such as --bases resnet50.
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_models.py --device '$(DEVICE)' $(BENCH)
 
