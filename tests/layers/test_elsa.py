@@ -8,11 +8,11 @@ from torch.autograd import gradcheck, gradgradcheck
 from timm_ela.layers.elsa import EnhancedLocalSelfAttention, elsa, local_attention
 
 
-def unfolded(v, attn, mul, add, kernel_size, dilation=1):
+def unfolded(v, attn, mul, add, kernel_size):
     """out[c, n] = sum over k of (mul[c, k] * attn[g(c), k, n] + add[c, k]) * v[c, n + k], all NHWC."""
     batch, height, width, channels = v.shape
-    heads, padding = attn.shape[3], kernel_size // 2 * dilation
-    values = F.unfold(v.permute(0, 3, 1, 2), kernel_size, padding=padding, dilation=dilation)
+    heads = attn.shape[3]
+    values = F.unfold(v.permute(0, 3, 1, 2), kernel_size, padding=kernel_size // 2)
     values = values.reshape(batch, heads, channels // heads, kernel_size ** 2, height * width)
     weights = attn.reshape(batch, height * width, heads, 1, kernel_size ** 2).permute(0, 2, 3, 4, 1)
     if mul is not None:
@@ -38,7 +38,7 @@ def authors_forward(m, x):
         add = m.ghost_head[0] * m.gamma
     elif m.lam:
         mul = m.ghost_head[0] ** m.lam
-    return m.post_proj(unfolded(v.permute(0, 2, 3, 1), h, mul, add, m.kernel_size, m.dilation))
+    return m.post_proj(unfolded(v.permute(0, 2, 3, 1), h, mul, add, m.kernel_size))
 
 
 def make_args(size, kernel_size=5, heads=3, width=4, dtype=torch.float64):
@@ -49,23 +49,22 @@ def make_args(size, kernel_size=5, heads=3, width=4, dtype=torch.float64):
 
 
 @pytest.mark.parametrize('nchw', [False, True])
-@pytest.mark.parametrize('dilation', [1, 2])
 @pytest.mark.usefixtures('either_way')
 @pytest.mark.parametrize('ghost', ['none', 'mul', 'add', 'both'])
 @pytest.mark.parametrize('size', [(1, 1), (5, 1), (7, 7), (13, 6), (20, 31)])
-def test_the_operator_and_its_gradients_are_the_formulas(size, ghost, dilation, nchw):
+def test_the_operator_and_its_gradients_are_the_formulas(size, ghost, nchw):
     v, attn, mul, add = make_args(size)
     mul, add = mul if ghost in ('mul', 'both') else None, add if ghost in ('add', 'both') else None
     inputs = [t for t in (v, attn, mul, add) if t is not None]
     passed = v.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) if nchw else v
-    expected, out = unfolded(v, attn, mul, add, 5, dilation), elsa(passed, attn, mul, add, 5, dilation)
+    expected, out = unfolded(v, attn, mul, add, 5), elsa(passed, attn, mul, add, 5)
     upstream = torch.randn_like(out)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     for grad, of_formula in zip(
             torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True):
         torch.testing.assert_close(grad, of_formula, rtol=0, atol=1e-11)
     if add is None:
-        torch.testing.assert_close(local_attention(v, attn, mul, 5, dilation), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(local_attention(v, attn, mul, 5), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize('with_mul', [False, True])
@@ -91,7 +90,7 @@ def test_low_precision_is_as_exact_as_the_formula_in_it(dtype, with_mul):
 
 
 @pytest.mark.parametrize('options', [
-    {}, {'lam': 0}, {'gamma': 0}, {'lam': 0, 'gamma': 0}, {'lam': 2, 'gamma': 0.5, 'dilation': 2},
+    {}, {'lam': 0}, {'gamma': 0}, {'lam': 0, 'gamma': 0}, {'lam': 2, 'gamma': 0.5},
     {'lam': 0, 'kernel_size': 7, 'qk_scale': 1, 'qkv_bias': True, 'group_width': 4},
 ], ids=str)
 def test_the_module_is_the_authors(options):

@@ -91,8 +91,7 @@ class AttnLayer(NamedTuple):
         Args:
             channels: Channels of the feature map.
             act_layer: Not used: timm's builders pass the block's activation, and each paper has its own.
-            device: Device of the parameters.
-            dtype: Dtype of the parameters.
+            device, dtype: Device and dtype of the parameters.
         """
         return self.module(channels, device=device, dtype=dtype)
 

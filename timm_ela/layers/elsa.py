@@ -1,7 +1,5 @@
 """Enhanced Local Self-Attention (ELSA): the formula, the same computed by banded matrix products, and the module.
 
-`ELSA: Enhanced Local Self-Attention for Vision Transformer` - https://arxiv.org/abs/2112.12786
-
 All maps are NHWC, as in timm's Swin. The operator is
 
     out[c, n] = sum over k of (mul[c, k] * h[g(c), k, n] + add[c, k]) * v[c, n + k]
@@ -28,17 +26,17 @@ from .tracing import is_in_transform, is_tracing, runs_on_cpu
 torch.fx.wrap('elsa')
 
 
-def _tap(padded: Tensor, attn: Tensor, mul: Tensor | None, k: int, kernel_size: int, dilation: int) -> Tensor:
+def _tap(padded: Tensor, attn: Tensor, mul: Tensor | None, k: int, kernel_size: int) -> Tensor:
     """The summand of offset k, (N, H, W, G, C / G); padded is (N, H + 2r, W + 2r, G, C / G), mul (K, G, C / G)."""
     height, width = attn.shape[1], attn.shape[2]
-    y, x = k // kernel_size * dilation, k % kernel_size * dilation
+    y, x = k // kernel_size, k % kernel_size
     value = padded[:, y:y + height, x:x + width]
     if mul is not None:
         value = value * mul[k]
     return value * attn[..., k:k + 1]
 
 
-def local_attention(v: Tensor, attn: Tensor, mul: Tensor | None, kernel_size: int, dilation: int = 1) -> Tensor:
+def local_attention(v: Tensor, attn: Tensor, mul: Tensor | None, kernel_size: int) -> Tensor:
     """Computes local attention by its formula: for a ghost head's `mul`, and as the test of `banded_attention`.
 
     With `mul`, `banded_attention` would need a matrix for each channel, not for each head, and use it for one vector.
@@ -48,12 +46,11 @@ def local_attention(v: Tensor, attn: Tensor, mul: Tensor | None, kernel_size: in
         attn: Weights (N, H, W, G, K) of K = kernel_size ** 2 offsets for each of G heads.
         mul: Factor of the weights, (C, kernel_size, kernel_size), or None for 1.
         kernel_size: Offsets along a side, odd.
-        dilation: Distance between neighbouring offsets.
 
     Returns:
         The sum over k of mul[c, k] * attn[g(c), k, n] * v[c, n + k], (N, H, W, C) in v's dtype.
     """
-    reach = kernel_size // 2 * dilation
+    reach = kernel_size // 2
     padded = F.pad(v, (0, 0, reach, reach, reach, reach)).unflatten(3, (attn.shape[3], -1))
     if mul is not None:
         mul = mul.flatten(1).t().unflatten(1, (attn.shape[3], -1))
@@ -61,9 +58,9 @@ def local_attention(v: Tensor, attn: Tensor, mul: Tensor | None, kernel_size: in
     out = torch.zeros(1, device=v.device, dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
     for k in range(kernel_size * kernel_size):
         if torch.jit.is_scripting():
-            out = out + _tap(padded, attn, mul, k, kernel_size, dilation)
+            out = out + _tap(padded, attn, mul, k, kernel_size)
         else:
-            out = out + _recomputed(_tap, padded, attn, mul, k, kernel_size, dilation)
+            out = out + _recomputed(_tap, padded, attn, mul, k, kernel_size)
     return out.flatten(3).to(v.dtype)
 
 
@@ -86,7 +83,7 @@ def _skew(x: Tensor, length: int) -> Tensor:
     return x[..., :rows * length, :].unflatten(-2, (rows, length))
 
 
-def banded_attention(v: Tensor, attn: Tensor, kernel_size: int, dilation: int = 1, tile: int = 7) -> Tensor:
+def banded_attention(v: Tensor, attn: Tensor, kernel_size: int, tile: int = 7) -> Tensor:
     """Computes `local_attention` without `mul`, by one batch of matrix products: two dozen operations for any kernel.
 
     The queries of a square tile share their keys: the tile and a margin around it. Each row of a matrix (queries, keys)
@@ -94,70 +91,52 @@ def banded_attention(v: Tensor, attn: Tensor, kernel_size: int, dilation: int = 
     pixels; other maps are padded.
 
     Args:
-        v, attn, kernel_size, dilation: As in `local_attention`.
+        v, attn, kernel_size: As in `local_attention`.
         tile: Height and width of a tile.
 
     Returns:
         As `local_attention`, (N, H, W, C).
     """
-    batch, height, width, channels = v.shape
+    height, width, channels = v.shape[1:]
     heads, reach = attn.shape[3], kernel_size // 2
     side = tile + 2 * reach
-    # A position sees only those at multiples of the dilation: the map splits into maps that do not see each other. The
-    # M maps of the batch are cut into rows x cols tiles.
-    rows, cols = -(-height // (tile * dilation)), -(-width // (tile * dilation))
-    margin = (0, 0, 0, cols * tile * dilation - width, 0, rows * tile * dilation - height)
-    apart = (batch, rows * tile, dilation, cols * tile, dilation, -1)
-    v = F.pad(v, margin).reshape(apart).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # (M, rows * tile, cols * tile, C)
-    attn = F.pad(attn.flatten(3), margin).reshape(apart).permute(0, 2, 4, 1, 3, 5)  # (N, dilation, dilation, ...)
+    rows, cols = -(-height // tile), -(-width // tile)
+    margin = (0, 0, 0, cols * tile - width, 0, rows * tile - height)
+    v, attn = F.pad(v, margin), F.pad(attn.flatten(3), margin)
 
     keys = F.pad(v, (0, 0, reach, reach, reach, reach)).unfold(1, side, tile).unfold(2, side, tile)
-    keys = keys.unflatten(3, (heads, -1)).permute(0, 1, 2, 3, 5, 6, 4)  # (M, rows, cols, G, side, side, C / G)
+    keys = keys.unflatten(3, (heads, -1)).permute(0, 1, 2, 3, 5, 6, 4)  # (N, rows, cols, G, side, side, C / G)
     keys = keys.reshape(-1, side * side, channels // heads)
     band = attn.reshape(-1, rows, tile, cols, tile, heads, kernel_size, kernel_size)
-    band = band.permute(0, 1, 3, 5, 2, 6, 4, 7)  # (M, rows, cols, G, tile, kernel_size, tile, kernel_size)
-    band = _skew(band.unsqueeze(-1), side).squeeze(-1)  # (M, rows, cols, G, tile, kernel_size, tile, side)
+    band = band.permute(0, 1, 3, 5, 2, 6, 4, 7)  # (N, rows, cols, G, tile, kernel_size, tile, kernel_size)
+    band = _skew(band.unsqueeze(-1), side).squeeze(-1)  # (N, rows, cols, G, tile, kernel_size, tile, side)
     # from here on, the queries of a tile follow one another column by column
     band = _skew(band.movedim(-2, -4), side).reshape(-1, tile * tile, side * side)
     out = torch.bmm(band, keys).reshape(-1, rows, cols, heads, tile, tile, channels // heads)
-    out = out.permute(0, 1, 5, 2, 4, 3, 6)  # (M, rows, tile, cols, tile, G, C / G)
-    out = out.reshape(batch, dilation, dilation, rows * tile, cols * tile, channels)
-    out = out.permute(0, 3, 1, 4, 2, 5)  # (N, rows * tile, dilation, cols * tile, dilation, C)
-    out = out.reshape(batch, rows * tile * dilation, cols * tile * dilation, channels)
-    return out[:, :height, :width]
+    out = out.permute(0, 1, 5, 2, 4, 3, 6)  # (N, rows, tile, cols, tile, G, C / G)
+    return out.reshape(-1, rows * tile, cols * tile, channels)[:, :height, :width]
 
 
-def _banded_by_images(v: Tensor, attn: Tensor, kernel_size: int, dilation: int) -> Tensor:
+def _banded_by_images(v: Tensor, attn: Tensor, kernel_size: int) -> Tensor:
     """Computes `banded_attention` of some images at a time, so that only their matrices are in memory."""
     if is_tracing() or is_in_transform():
-        return banded_attention(v, attn, kernel_size, dilation)
+        return banded_attention(v, attn, kernel_size)
     # on a CPU, the matrices of one image stay in its caches
     step = 1 if runs_on_cpu(v) else 32
     return torch.cat([
-        _recomputed(banded_attention, *images, kernel_size, dilation)
+        _recomputed(banded_attention, *images, kernel_size)
         for images in zip(v.split(step), attn.split(step), strict=True)])
 
 
-def elsa(
-        v: Tensor,
-        attn: Tensor,
-        mul: Tensor | None,
-        add: Tensor | None,
-        kernel_size: int,
-        dilation: int = 1,
-) -> Tensor:
+def elsa(v: Tensor, attn: Tensor, mul: Tensor | None, add: Tensor | None, kernel_size: int) -> Tensor:
     """The operator of ELSA: local attention and a ghost head.
 
     In eager mode it keeps nothing for the backward pass but its arguments. Compiled, scripted or exported, it computes
     the whole batch at once, and each operation keeps what it needs.
 
     Args:
-        v: Values (N, H, W, C), any strides.
-        attn: Weights (N, H, W, G, K) of K = kernel_size ** 2 offsets for each of G heads.
-        mul: Factor of the weights, (C, kernel_size, kernel_size), or None for 1.
+        v, attn, mul, kernel_size: As in `local_attention`; v may have any strides.
         add: Summand of the weights, (C, kernel_size, kernel_size), or None for 0.
-        kernel_size: Offsets along a side, odd.
-        dilation: Distance between neighbouring offsets.
 
     Returns:
         The map (N, H, W, C) in v's dtype.
@@ -165,14 +144,14 @@ def elsa(
     # under autocast, softmax returns float32
     dtype, attn, v = v.dtype, attn.to(v.dtype), v.contiguous()
     if mul is not None:
-        out = local_attention(v, attn, mul, kernel_size, dilation)
+        out = local_attention(v, attn, mul, kernel_size)
     elif torch.jit.is_scripting():
-        out = banded_attention(v, attn, kernel_size, dilation)
+        out = banded_attention(v, attn, kernel_size)
     else:
-        out = _banded_by_images(v, attn, kernel_size, dilation)
+        out = _banded_by_images(v, attn, kernel_size)
     if add is not None:
-        v, reach = v.permute(0, 3, 1, 2), kernel_size // 2 * dilation
-        ghost = F.conv2d(v, add.unsqueeze(1), None, 1, [reach, reach], [dilation, dilation], v.shape[1])
+        v, reach = v.permute(0, 3, 1, 2), kernel_size // 2
+        ghost = F.conv2d(v, add.unsqueeze(1), None, 1, [reach, reach], 1, v.shape[1])
         out = out + ghost.permute(0, 2, 3, 1)
     return out.to(dtype)
 
@@ -198,8 +177,8 @@ class EnhancedLocalSelfAttention(nn.Module):
 
     d is C // 3 * 2, rounded up to a multiple of group_width. Parameters have the authors' names and shapes, so the
     weights of their modules load unchanged: `ghost_head` is (1, C, kernel_size, kernel_size) if lam or gamma is 0, and
-    else (2, 1, C, kernel_size, kernel_size), with `mul` first. The authors' options for a stride, other widths of q, k
-    and v, and a grouped last convolution are left out: none of their models uses them.
+    else (2, 1, C, kernel_size, kernel_size), with `mul` first. The authors' options for a stride, a dilation, other
+    widths of q, k and v, and a grouped last convolution are left out: none of their models uses them.
 
     With lam = 0, as in all released models, local attention is computed by matrix products. With another lam it is the
     sum of K maps, which takes longer (weights_cards/studies/speed.md).
@@ -212,7 +191,6 @@ class EnhancedLocalSelfAttention(nn.Module):
             dim: int,
             num_heads: int,
             kernel_size: int = 5,
-            dilation: int = 1,
             qkv_bias: bool = False,
             qk_scale: float | None = None,
             attn_drop: float = 0.,
@@ -228,7 +206,6 @@ class EnhancedLocalSelfAttention(nn.Module):
             dim: Channels C of the input.
             num_heads: Heads; C is a multiple of it.
             kernel_size: Positions along a side of the square, odd.
-            dilation: Distance between neighbouring positions of the square.
             qkv_bias: If True, the first convolution has a bias.
             qk_scale: Scale of q * k; by default (C / num_heads) ** -0.5. ELSA-Swin has 1.
             attn_drop: Dropout rate of h.
@@ -236,8 +213,7 @@ class EnhancedLocalSelfAttention(nn.Module):
             group_width: Channels per group of the grouped convolution.
             lam: Exponent of the ghost head's `mul`, an integer; 0 leaves it out.
             gamma: Factor of the ghost head's `add`; 0 leaves it out.
-            device: Device of the parameters.
-            dtype: Dtype of the parameters.
+            device, dtype: Device and dtype of the parameters.
 
         Raises:
             ValueError: If kernel_size is even or not positive, lam is no integer, or dim is no multiple of num_heads.
@@ -251,16 +227,14 @@ class EnhancedLocalSelfAttention(nn.Module):
             raise ValueError(f'ELSA needs a dim that is a multiple of num_heads={num_heads}, got {dim}.')
         dd = {'device': device, 'dtype': dtype}
         dim_qk = math.ceil(dim // 3 * 2 / group_width) * group_width
-        self.num_heads, self.kernel_size, self.dilation = num_heads, kernel_size, dilation
+        self.num_heads, self.kernel_size = num_heads, kernel_size
         self.scale = float(qk_scale or (dim // num_heads) ** -0.5)
         self.lam, self.gamma = float(lam), float(gamma)
         self.widths = [dim_qk, dim_qk, dim]
 
         self.pre_proj = _ConvNHWC(dim, sum(self.widths), 1, bias=qkv_bias, **dd)
         self.attn = nn.Sequential(
-            _ConvNHWC(
-                dim_qk, dim_qk, kernel_size, padding=kernel_size // 2 * dilation, dilation=dilation,
-                groups=dim_qk // group_width, **dd),
+            _ConvNHWC(dim_qk, dim_qk, kernel_size, padding=kernel_size // 2, groups=dim_qk // group_width, **dd),
             nn.GELU(),
             _ConvNHWC(dim_qk, kernel_size ** 2 * num_heads, 1, **dd),
         )
@@ -292,14 +266,7 @@ class EnhancedLocalSelfAttention(nn.Module):
         return parts[0] if self.lam != 0 else None, parts[-1] if self.gamma != 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies the attention.
-
-        Args:
-            x: Feature map (N, H, W, C), H and W of any size.
-
-        Returns:
-            Feature map (N, H, W, C).
-        """
+        """Maps x (N, H, W, C), of any height and width, to the same shape."""
         q, k, v = self.pre_proj(x).split(self.widths, 3)
         attn = self.attn(q * k if self.scale == 1 else q * k * self.scale)
         attn = self.attn_drop(attn.unflatten(3, (self.num_heads, -1)).softmax(4))
@@ -308,7 +275,7 @@ class EnhancedLocalSelfAttention(nn.Module):
             mul = mul ** self.lam
         if add is not None:
             add = add * self.gamma
-        return self.proj_drop(self.post_proj(elsa(v, attn, mul, add, self.kernel_size, self.dilation)))
+        return self.proj_drop(self.post_proj(elsa(v, attn, mul, add, self.kernel_size)))
 
 
 def elsa_in_place_of(

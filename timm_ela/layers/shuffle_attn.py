@@ -1,7 +1,4 @@
-"""Shuffle Attention.
-
-`SA-Net: Shuffle Attention for Deep Convolutional Neural Networks` - https://arxiv.org/abs/2102.00240
-"""
+"""Shuffle Attention."""
 from typing import Any
 
 import torch
@@ -31,8 +28,7 @@ class ShuffleAttention(nn.Module):
         Args:
             channels: Channels C of the input, even.
             groups: Greatest number of groups G.
-            device: Device of the parameters.
-            dtype: Dtype of the parameters.
+            device, dtype: Device and dtype of the parameters.
 
         Raises:
             ValueError: If the number of channels is odd.

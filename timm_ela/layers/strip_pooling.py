@@ -1,7 +1,4 @@
-"""Strip Pooling's block.
-
-`Strip Pooling: Rethinking Spatial Pooling for Scene Parsing` - https://arxiv.org/abs/2003.13328
-"""
+"""Strip Pooling's block."""
 from torch import Tensor, nn
 
 
@@ -26,8 +23,7 @@ class StripPooling(nn.Module):
         """
         Args:
             channels: Channels C of the input.
-            device: Device of the parameters.
-            dtype: Dtype of the parameters.
+            device, dtype: Device and dtype of the parameters.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}

@@ -1,7 +1,4 @@
-"""Triplet Attention.
-
-`Rotate to Attend: Convolutional Triplet Attention Module` - https://arxiv.org/abs/2010.03045
-"""
+"""Triplet Attention."""
 import torch
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
@@ -42,8 +39,7 @@ class TripletAttention(nn.Module):
         Args:
             channels: Not used: the layer takes any number of channels.
             kernel_size: Side of the convolutions, odd.
-            device: Device of the parameters.
-            dtype: Dtype of the parameters.
+            device, dtype: Device and dtype of the parameters.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
