@@ -5,31 +5,31 @@
 This file runs at the end of every `import torch` (see autoload.py), so it imports the standard library only. The public
 names load when they are first used.
 """
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .autoload import install
 
+if TYPE_CHECKING:
+    # for type checkers, and for PyInstaller, which follows import statements
+    from .layers.attn_layers import ATTN_LAYERS
+    from .layers.ela import VARIANTS, EfficientLocalAttention
+    from .models.registry import graft_state_dict
+    from .plot import plot_attention
+
 __version__ = '0.4.0'
 __all__ = ['ATTN_LAYERS', 'EfficientLocalAttention', 'VARIANTS', '__version__', 'graft_state_dict', 'plot_attention']
+_MODULES = {
+    'ATTN_LAYERS': 'layers.attn_layers', 'EfficientLocalAttention': 'layers.ela', 'VARIANTS': 'layers.ela',
+    'graft_state_dict': 'models.registry', 'plot_attention': 'plot'}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     # timm first, as in a thread that imports timm: in another order, two threads could wait for each other
-    import timm.models  # noqa: F401
-
-    if name == 'ATTN_LAYERS':
-        from .layers.attn_layers import ATTN_LAYERS
-        return ATTN_LAYERS
-    if name == 'graft_state_dict':
-        from .models.registry import graft_state_dict
-        return graft_state_dict
-    if name == 'plot_attention':
-        from .plot import plot_attention
-        return plot_attention
-    from .layers import ela
-    return getattr(ela, name)
+    import_module('timm.models')
+    return getattr(import_module(f'.{_MODULES[name]}', __name__), name)
 
 
 def __dir__() -> list[str]:

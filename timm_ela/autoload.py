@@ -51,13 +51,9 @@ def import_families(retry: bool = True) -> None:
         threading.Thread(target=import_families, args=(False,), daemon=True).start()
     elif failed:
         told = '; '.join(dict.fromkeys(f'{type(error).__name__}: {error}'.rstrip('.') for error in failed.values()))
-        missing = [str(error.name) for error in failed.values() if isinstance(error, ModuleNotFoundError)]
-        if any(name.startswith(__package__) for name in missing):
-            cause = 'The package timm_ela is incomplete'
-        else:
-            cause = f'This is timm {getattr(sys.modules.get("timm"), "__version__", "of an unknown version")}'
+        version = getattr(sys.modules.get('timm'), '__version__', 'of an unknown version')
         # no Python warning: with python -W error, it would make the user's import of timm fail
-        _logger.warning(f'Not registered by timm_ela: {", ".join(failed)}. {told}. {cause}.')
+        _logger.warning(f'Not registered by timm_ela: {", ".join(failed)}. {told}. This is timm {version}.')
 
 
 def _forget_another_timm() -> None:

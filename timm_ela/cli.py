@@ -67,19 +67,18 @@ def _given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from .hub.cards import train_command
     from .hub.publish import convert_checkpoint
 
-    out_dir = convert_checkpoint(args.source, args.model, args.out_dir, force=args.force, **_given_options(args))
-    config = json.loads((out_dir / 'config.json').read_text())
-    command = train_command(f'local-dir:{out_dir}', config['num_classes'], config['model_args']['in_chans'])
-    print(f'Wrote {out_dir}. Train it with: {command}')
+    _tell(convert_checkpoint(args.source, args.model, args.out_dir, force=args.force, **_given_options(args)))
 
 
 def _export(args: argparse.Namespace) -> None:
     from .hub.publish import export_run
 
-    out_dir = export_run(args.run_dir, args.out_dir, force=args.force, **_given_options(args))
+    _tell(export_run(args.run_dir, args.out_dir, force=args.force, **_given_options(args)))
+
+
+def _tell(out_dir: Path) -> None:
     print(f'Wrote {out_dir}. Load it with: timm.create_model({f"local-dir:{out_dir}"!r}, pretrained=True)')
 
 

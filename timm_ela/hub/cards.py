@@ -99,12 +99,6 @@ def _options(values: dict[str, Any]) -> str:
         for key, value in values.items() if value not in (None, False, '') and (key, value) != ('in_chans', 3))
 
 
-def train_command(name: str, num_classes: int, in_chans: int) -> str:
-    """Returns a train.py command line that starts from a model. `name` is timm's, such as 'local-dir:FOLDER'."""
-    return 'train.py --data-dir DATA ' + _options(dict(
-        model=name, pretrained=True, num_classes=None if num_classes else 'N', in_chans=in_chans))
-
-
 def run_card(model: nn.Module, run: TrainRun, dataset: str, base_model: str | None) -> str:
     """Returns the card of a model that a run trained and tested as its cfg says. base_model is its start on the Hub."""
     args, cfg = published_args(run.args), model.pretrained_cfg

@@ -20,7 +20,7 @@ from torch import nn
 
 from .efficientnet_layouts import rename_state_dict
 from .graft import Slot, find_slot, graft
-from .registry import Family, Model, make_default_cfgs, register_base_names, register_models, slot_models
+from .registry import Family, Model, make_default_cfgs, register_models, slot_models
 
 # register_model adds each entry point
 __all__: list[str] = []
@@ -76,5 +76,4 @@ def _create_attn_efficientnet(
 _MODELS = slot_models(
     _BASES, Family(_create_attn_efficientnet, partial(graft, slots=_SLOTS), rename_state_dict))
 default_cfgs = make_default_cfgs(_MODELS)
-globals().update(register_models(_MODELS))
-register_base_names(__name__, _MODELS)
+register_models(_MODELS)

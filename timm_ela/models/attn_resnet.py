@@ -93,4 +93,4 @@ def _create_attn_resnet(
 
 _MODELS = slot_models((*_BASIC, *_BOTTLENECK), Family(_create_attn_resnet, partial(graft, slots=_SLOTS)))
 default_cfgs = make_default_cfgs(_MODELS)
-globals().update(register_models(_MODELS))
+register_models(_MODELS)

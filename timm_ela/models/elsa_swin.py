@@ -157,4 +157,4 @@ def _create_elsa_swin(model: Model, pretrained: bool = False, **kwargs) -> SwinT
 _FAMILY = Family(_create_elsa_swin, lambda weights, model, layer: check_weights(weights, model), rename_state_dict)
 _MODELS = [Model(name, base, ELSA, _FAMILY) for name, (base, _) in _ELSA_SWINS.items()]
 default_cfgs = make_default_cfgs(_MODELS)
-globals().update(register_models(_MODELS))
+register_models(_MODELS)

@@ -67,4 +67,4 @@ def _create_elsa_volo(model: Model, pretrained: bool = False, **kwargs) -> VOLO:
 _FAMILY = Family(_create_elsa_volo, lambda weights, model, layer: check_weights(weights, model))
 _MODELS = [Model(f'elsa_volo_d{i}', f'volo_d{i}_224', ELSA_VOLO, _FAMILY) for i in range(1, 6)]
 default_cfgs = make_default_cfgs(_MODELS)
-globals().update(register_models(_MODELS))
+register_models(_MODELS)

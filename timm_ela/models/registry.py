@@ -1,5 +1,6 @@
 """The table of our models, one row each, and their registration with timm."""
 import csv
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -100,15 +101,17 @@ def make_default_cfgs(models: Iterable[Model]) -> dict[str, DefaultCfg]:
     return generate_default_cfgs(cfgs)
 
 
-def register_models(models: Sequence[Model]) -> dict[str, Callable[..., nn.Module]]:
-    """Registers models with timm.
+def register_models(models: Sequence[Model]) -> None:
+    """Registers a family's models with timm, and puts their entry points into the module of the family's `build`.
 
-    Returns:
-        The entry points by name, to be put into the module of the family's `build`.
+    MobileNetV2 1.0 is registered by its name in timm too: `mobilenetv2_100_<layer>`.
     """
-    entrypoints = {model.name: register_model(_entrypoint(model)) for model in models}
+    module = models[0].family.build.__module__
+    vars(sys.modules[module]).update({model.name: register_model(_entrypoint(model)) for model in models})
     MODELS.update({model.name: model for model in models})
-    return entrypoints
+    # timm does not list deprecated names, and warns when a model is made by one
+    others = {f'{model.base}_{model.layer.suffix}': model.name for model in models if model.base.endswith('_100')}
+    register_model_deprecations(module, others)
 
 
 def _entrypoint(model: Model) -> Callable[..., nn.Module]:
@@ -134,20 +137,6 @@ def _entrypoint(model: Model) -> Callable[..., nn.Module]:
     entrypoint.__doc__ = f'{model.base} with {model.layer.title} - {model.layer.paper.url}'
     entrypoint.__module__ = model.family.build.__module__
     return entrypoint
-
-
-def register_base_names(module: str, models: Iterable[Model]) -> None:
-    """Registers `<timm base>_<layer>` as another name of each model that has a shorter name.
-
-    timm does not list it, and warns that it is deprecated when a model is made by it.
-
-    Args:
-        module: `__name__` of the family's module.
-        models: Rows of the family.
-    """
-    names = {f'{model.base}_{model.layer.suffix}': model.name for model in models}
-    # deprecated names are the only ones that timm does not list
-    register_model_deprecations(module, {other: name for other, name in names.items() if other != name})
 
 
 @cache

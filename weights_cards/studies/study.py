@@ -9,15 +9,13 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from random import Random
 from statistics import median
-from time import perf_counter
 from typing import NamedTuple
 
 import pandas as pd
@@ -30,6 +28,9 @@ from torch import Tensor, nn
 
 import timm_ela
 from timm_ela.models.registry import MODELS
+
+sys.path.insert(0, str(Path(__file__).parents[2] / 'tests' / 'benchmarks'))
+from timing import hardware, interleave
 
 COMMON = (
     '--crop-pct 1.0 --sched cosine --warmup-epochs 0 --color-jitter 0 --smoothing 0.1 --sched-on-updates '
@@ -90,23 +91,13 @@ def model_name(study: Study, arm: str) -> str:
     return study.model if arm == 'plain' else f'{study.model}_{arm.removesuffix("_neutral")}'
 
 
-def hardware(device: str) -> str:
-    """Name of the GPU, or of the CPU."""
-    if device == 'cuda':
-        return torch.cuda.get_device_name()
-    # on Linux, platform.processor() is often empty
-    info = Path('/proc/cpuinfo')
-    found = re.search(r'model name\s*: (.*)', info.read_text()) if info.is_file() else None
-    return found[1] if found else platform.processor()
-
-
 def describe(args: argparse.Namespace, study: Study) -> dict[str, object]:
     """What makes a run what it is, and where it runs."""
     counts = {f'{part}_images': sum(1 for _ in (args.data / part).glob('*/*')) for part in ('train', 'test')}
     return {
         'img_size': study.img_size, 'epochs': study.epochs, **counts,
         'recipe': f'--batch-size {study.batch_size} {study.recipe}', 'device': args.device,
-        'hardware': f'{hardware(args.device)}, {os.cpu_count()} cores', 'python': platform.python_version(),
+        'hardware': hardware(args.device), 'python': platform.python_version(),
         'torch': torch.__version__, 'timm': timm.__version__, 'timm_ela': timm_ela.__version__,
         'train_py': hashlib.sha256((args.scripts / 'train.py').read_bytes()).hexdigest()[:12],
     }
@@ -186,16 +177,12 @@ def measure_speeds(args: argparse.Namespace, study: Study, runs: list[Run], repe
         made = {
             arm: timm.create_model(model, num_classes=args.num_classes).to(**on_device).train()
             for arm, model in models.items()}
-        times: dict[str, list[float]] = {arm: [] for arm in made}
-        draw = Random(0)
-        for _ in range(1 + repeats):  # the first warms up
-            for arm in draw.sample(list(made), len(made)):
-                start = perf_counter()
-                made[arm](x).logsumexp(1).sum().backward()
-                if args.device == 'cuda':
-                    torch.cuda.synchronize()
-                times[arm].append(perf_counter() - start)
-        file.write_text(json.dumps({arm: round(len(x) / median(seconds[1:]), 1) for arm, seconds in times.items()}))
+
+        def step(arm: str) -> None:
+            made[arm](x).logsumexp(1).sum().backward()
+
+        times = interleave({arm: partial(step, arm) for arm in made}, repeats, device=args.device)
+        file.write_text(json.dumps({arm: round(1000 * len(x) / median(ms), 1) for arm, ms in times.items()}))
     return json.loads(file.read_text())
 
 
