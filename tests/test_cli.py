@@ -39,12 +39,17 @@ def fails(capsys) -> Callable[..., str]:
 
 
 # list
-# the second is a model with its tag, as create_model takes it
-@pytest.mark.parametrize('pattern', ['mobilenetv2_050_ela_*', 'resnet50_ela_b.graft_a1_in1k'])
-def test_list_tells_the_names_that_the_filter_finds_with_their_counts_and_tags(capsys, pattern):
+@pytest.mark.parametrize('pattern, names', [
+    ('mobilenetv2_050_ela_*', 'mobilenetv2_050_ela_*'),
+    # a model with its tag, as create_model takes it
+    ('resnet50_ela_b.graft_a1_in1k', 'resnet50_ela_b.graft_a1_in1k'),
+    # timm's name of MobileNetV2 at width 1
+    ('mobilenetv2_100_ela_*.graft_ra_in1k', 'mobilenetv2_ela_*.graft_ra_in1k'),
+])
+def test_list_tells_the_names_that_the_filter_finds_with_their_counts_and_tags(capsys, pattern, names):
     cli.main(['list', pattern, '--json'])
     models = json.loads(capsys.readouterr().out)
-    assert {f'{m["name"]}.{tag}' for m in models for tag in m['tags']} == set(timm.list_pretrained(pattern))
+    assert {f'{m["name"]}.{tag}' for m in models for tag in m['tags']} == set(timm.list_pretrained(names))
     for m in models:
         model, counts = MODELS[m['name']], read_counts()[m['name']]
         assert m['backbone'] == model.base and (m['params'], m['macs'], m['saved']) == counts
@@ -219,8 +224,8 @@ def test_options_of_an_export_are_refused_for_a_folder_that_is_exported(fails, t
 
 
 @pytest.mark.parametrize('words, told', [
-    (['list', '--jsn'], '--jsn'), (['list', 'vgg*'], "'vgg*': `timm-ela list`"), (['list', 'vgg'], 'use a wildcard'),
-    (['push', 'nothere', 'me/x'], 'There is no Hugging Face token'), (['run', 'no.py', '-x'], 'no.py'),
+    (['list', '--jsn'], '--jsn'), (['list', 'vgg'], "'vgg': `timm-ela list`"),
+    (['push', 'nothere', 'me/x'], 'There is no folder nothere'), (['run', 'no.py', '-x'], 'no.py'),
     (['plot', 'no.png', '--model', 'x'], 'no.png'),
     (['export', 'nothere', 'out'], 'There is no nothere/args.yaml'),
     (['convert', 'no.pth', '--model', PLAIN, 'out'], f"'{PLAIN}' is not a model of timm_ela"),

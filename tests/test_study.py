@@ -107,6 +107,14 @@ def test_gates_are_measured_over_images_channels_and_positions_by_stage(randomiz
     assert measured[2] == pytest.approx(tuple(expected), rel=1e-4)
 
 
+def test_frozen_gates_are_a_quarter_everywhere_and_the_models_own_stay(randomize):
+    model = randomize(timm.create_model('tf_efficientnet_lite0_ela_s')).eval()
+    loader = [(torch.randn(2, 3, 64, 96), None)]
+    measured = gates.measure_gates(model, loader)
+    assert set(gates.measure_gates(gates.freeze(model), loader).values()) == {(0.25, 0.0, 0.0)}
+    assert gates.measure_gates(model, loader) == measured
+
+
 @pytest.fixture
 def pictures(tmp_path):
     rng = np.random.default_rng(0)
@@ -187,14 +195,12 @@ def test_a_study_runs_once_and_goes_on_where_it_was_cut_off(pictures, tmp_path):
     assert (rows.train_images_per_second > 0).all()
     for row in rows.itertuples():
         model, test = gates.load_run(row, folder / f'{row.arm}.seed0', pictures)
-        (images, classes), = DataLoader(test, 120)
-        right = (model(images).argmax(1) == classes).double().mean()
-        assert row.top1 == pytest.approx(100 * right.item(), abs=1e-3) == float(row.top1_by_epoch.split()[1])
+        assert row.top1 == gates.measure_top1(model, DataLoader(test, 120)) == float(row.top1_by_epoch.split()[1])
 
     run([sys.executable, STUDIES / 'gates.py', pictures, table])
     learnt = pd.read_csv(tmp_path / 'tints.scratch.gates.csv')
-    assert list(learnt.stage) == [1, 2, 3, 4, 5, 6]
-    assert (learnt.spread > 0).all() and (learnt.images == 120).all()
+    assert list(learnt.stage) == [1, 2, 3, 4, 5, 6] and (learnt.top1 == rows.top1[1]).all()
+    assert (learnt.spread > 0).all() and (learnt.test_images == 120).all()
 
     # the second epoch was cut off: what train.py left is the first one's checkpoint
     logs = {path: (path / 'log').read_text() for path in (plain, ours)}

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from .autoload import install
 
 if TYPE_CHECKING:
-    # for type checkers, and for PyInstaller, which follows import statements
+    # For type checkers, and for PyInstaller, which follows import statements. They must not run: if a module's import
+    # fails in one thread, an import statement in another thread can return the half-loaded module.
     from .layers.attn_layers import ATTN_LAYERS
     from .layers.ela import VARIANTS, EfficientLocalAttention
+    from .models import attn_efficientnet, attn_resnet, elsa_swin, elsa_volo  # noqa: F401
     from .models.registry import graft_state_dict
     from .plot import plot_attention
 
@@ -27,7 +29,7 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    # timm first, as in a thread that imports timm: in another order, two threads could wait for each other
+    # Import timm first, as a thread that imports timm does: in different orders, two threads could wait for each other.
     import_module('timm.models')
     return getattr(import_module(f'.{_MODULES[name]}', __name__), name)
 

@@ -9,12 +9,6 @@ import sys
 import threading
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    # For PyInstaller and its like, which find the modules of an application by its import statements. They must not
-    # run: where another thread's import of a module fails, the statement can return what is left of the module.
-    from .models import attn_efficientnet, attn_resnet, elsa_swin, elsa_volo  # noqa: F401
 
 _TARGET = 'timm.models'
 _FAMILIES = ('attn_resnet', 'attn_efficientnet', 'elsa_swin', 'elsa_volo')
@@ -31,7 +25,7 @@ def import_families(retry: bool = True) -> None:
     Args:
         retry: Whether to try again in a new thread if a family fails while other threads are running.
     """
-    # this thread, further up its stack, or another thread is registering already
+    # another thread is registering, or this thread is, further up its stack
     if not _registering.acquire(blocking=False):
         return
     failed: dict[str, Exception] = {}
@@ -50,10 +44,10 @@ def import_families(retry: bool = True) -> None:
         # holds no import lock, so it can wait for both.
         threading.Thread(target=import_families, args=(False,), daemon=True).start()
     elif failed:
-        told = '; '.join(dict.fromkeys(f'{type(error).__name__}: {error}'.rstrip('.') for error in failed.values()))
+        causes = '; '.join(dict.fromkeys(f'{type(error).__name__}: {error}'.rstrip('.') for error in failed.values()))
         version = getattr(sys.modules.get('timm'), '__version__', 'of an unknown version')
-        # no Python warning: with python -W error, it would make the user's import of timm fail
-        _logger.warning(f'Not registered by timm_ela: {", ".join(failed)}. {told}. This is timm {version}.')
+        # logged, not warned: under python -W error, a warning would make the user's import of timm fail
+        _logger.warning(f'With timm {version}, timm_ela did not register {", ".join(failed)}: {causes}.')
 
 
 def _forget_another_timm() -> None:
@@ -86,7 +80,7 @@ class _RegisterAfterTimm(MetaPathFinder):
 
 
 class _LoadAndRegister(Loader):
-    """Wraps a loader for one import. It does not patch the loader: that of a zip archive also loads other modules."""
+    """Wraps the loader of `timm.models`, which it leaves as it is: a zip archive's loader also loads other modules."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader

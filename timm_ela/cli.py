@@ -22,7 +22,8 @@ def _list(args: argparse.Namespace) -> None:
 
     from .models.registry import MODELS, read_counts
 
-    found = set(list_models(args.filter, include_tags=True))
+    # timm does not list mobilenetv2_100_ela_b and the like, which are other names to it
+    found = set(list_models(args.filter.replace('mobilenetv2_100_', 'mobilenetv2_'), include_tags=True))
     rows = []
     for model in MODELS.values():
         cfgs = [cfg for name, cfg in get_arch_pretrained_cfgs(model.name).items() if name in found]
@@ -31,12 +32,12 @@ def _list(args: argparse.Namespace) -> None:
                 name=model.name,
                 backbone=model.base,
                 **read_counts()[model.name]._asdict(),
-                # the default is the first
+                # the first tag is the default
                 tags=[cfg.tag for cfg in cfgs if cfg.has_weights],
             ))
     if not rows:
-        advice = '`timm-ela list` shows all' if '*' in args.filter else 'use a wildcard, such as "resnet50*"'
-        raise ValueError(f'No model of timm_ela matches {args.filter!r}: {advice}.')
+        raise ValueError(
+            f'No model of timm_ela matches {args.filter!r}: `timm-ela list` shows all, "resnet50*" is a wildcard.')
     if args.json:
         print(json.dumps(rows, indent=2))
         return
@@ -69,16 +70,16 @@ def _given_options(args: argparse.Namespace) -> dict[str, Any]:
 def _convert(args: argparse.Namespace) -> None:
     from .hub.publish import convert_checkpoint
 
-    _tell(convert_checkpoint(args.source, args.model, args.out_dir, force=args.force, **_given_options(args)))
+    _print_written(convert_checkpoint(args.source, args.model, args.out_dir, force=args.force, **_given_options(args)))
 
 
 def _export(args: argparse.Namespace) -> None:
     from .hub.publish import export_run
 
-    _tell(export_run(args.run_dir, args.out_dir, force=args.force, **_given_options(args)))
+    _print_written(export_run(args.run_dir, args.out_dir, force=args.force, **_given_options(args)))
 
 
-def _tell(out_dir: Path) -> None:
+def _print_written(out_dir: Path) -> None:
     print(f'Wrote {out_dir}. Load it with: timm.create_model({f"local-dir:{out_dir}"!r}, pretrained=True)')
 
 
@@ -111,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     # --debug is an option of each command, so that a user can add it at the end of a line that failed
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--debug', action='store_true', help='show the traceback of an error')
-    # An option that is not given is not set: export_run and convert_checkpoint have the defaults.
+    # An option that is not given is left out, so that the defaults of export_run and convert_checkpoint hold.
     weights = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     weights.add_argument(
         '--tag', help='tag of the weights, as in MODEL.TAG: letters, digits, "_", "-", "." (default: the dataset; '
@@ -212,11 +213,10 @@ def main(argv: list[str] | None = None) -> None:
         # outside the try below: an error of the script keeps its traceback
         return _run(args)
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
-    logging.getLogger(__package__).setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a name that the terminal cannot show must not make the command fail
         sys.stdout.reconfigure(errors='backslashreplace')
-    # Raise an exception on these signals, so that what is half-written is removed. nohup makes SIGHUP ignored, which
+    # Raise an exception on these signals, so that what is half-written is removed. Under nohup, SIGHUP is ignored and
     # stays so; Windows has no SIGHUP.
     for name in ('SIGTERM', 'SIGHUP'):
         number = getattr(signal, name, None)
@@ -232,12 +232,12 @@ def main(argv: list[str] | None = None) -> None:
             raise
         line = f'interrupted; {str(error) or "nothing was written"}'
     except Exception as error:
-        # the outermost place: every error becomes one line
+        # every error becomes one line
         if args.debug:
             raise
         line = ' '.join(str(error).split()) or repr(error)
-    # The progress bar of an upload closes only here, when the frames of the error are gone. It leaves spaces on the
-    # current line, which '\r' overwrites.
+    # The upload's progress bar closes only after the except block and leaves spaces on the line: '\r' goes back to its
+    # start.
     start = '\r' if args.command == 'push' else ''
     print(f'{start}timm-ela {args.command}: error: {line}', file=sys.stderr)
     sys.exit(2)

@@ -26,8 +26,8 @@ _MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 class Gate(NamedTuple):
     """The gates a_h * a_w of a stage's last ELA: `all` of every channel, `map` of one channel or of the mean.
 
-    `shown` says which: 'channel 3 of 64' or 'mean of 64 channels'. A channel that was not asked for is the one whose
-    gate varies most over the picture. Stages count from 0.
+    `shown` says which: 'channel 3 of 64' or 'mean of 64 channels'. Unless a channel is given, it is the one whose gate
+    varies most over the picture. Stages count from 0.
     """
 
     stage: int
@@ -42,8 +42,8 @@ class Gate(NamedTuple):
 class Observation(NamedTuple):
     """What a model made of a picture.
 
-    It has no classes without a classifier, no gates without ELA, and no CAM without a feature map before a classifier.
-    Values of `picture` and `cam` are in [0, 1]. `classes` are probabilities and names, the most probable first.
+    Without a classifier, `classes` is empty; without ELA, `gates` is. `cam` is None without a classifier or a feature
+    map. Values of `picture` and `cam` are in [0, 1]. `classes` are probabilities and names, the most probable first.
     """
 
     model: str
@@ -68,7 +68,7 @@ def observe(
 
     Arguments and errors are those of `plot_attention`.
     """
-    # a compiled, distributed or averaged model: the attributes and the names of modules are those of the model inside
+    # the model inside a compiled, distributed or averaged one has the attributes and the names of modules
     model = unwrap_model(model)
     cfg = getattr(model, 'pretrained_cfg', {})
     name = cfg.get('architecture', type(model).__name__)
@@ -83,7 +83,7 @@ def observe(
     x, picture = _prepare(image if isinstance(image, Image.Image) else Image.open(image), model, name)
     size, weight = x.shape[1:], next(model.parameters())
 
-    # the user may be in inference mode, or have frozen the parameters
+    # Grad-CAM needs gradients, also in inference mode and with frozen parameters
     with _watched(model, ela.values(), size) as (gates, maps), torch.inference_mode(False), torch.enable_grad():
         output = model(x[None].to(weight.device, weight.dtype, copy=True).requires_grad_())
         shown = [_choose(stage, *gates[module], channel, mean) for stage, module in ela.items()]
@@ -127,6 +127,7 @@ def _ela_modules(model: nn.Module, name: str, wanted: Sequence[int] | None) -> d
     """
     names = [n for n, _ in model.named_modules()]
     features = [info['module'] for info in getattr(model, 'feature_info', ())]
+    # the number of the last module inside each feature's module
     ends = [max((i for i, n in enumerate(names) if f'{n}.'.startswith(f'{f}.')), default=len(names)) for f in features]
     ela = [(i, m) for i, m in enumerate(model.modules()) if isinstance(m, EfficientLocalAttention)]
     stages = {sum(end < i for end in ends): m for i, m in ela}
@@ -143,8 +144,8 @@ def _watched(
 ) -> Iterator[tuple[dict[nn.Module, _Gates], dict[str, tuple[Tensor, _Reader]]]]:
     """Sets a model to eval mode, collects the gates of its ELA modules and its feature maps, and restores the model.
 
-    Gradients belong inside: a module with a checkpoint of its own runs again for them, and so do its hooks. timm's
-    checkpointing is off, since it calls the blocks of a stage and not the stage, whose hook would not run.
+    Take gradients inside the `with`: for them, a module that uses torch's checkpoint runs again, with its hooks. timm's
+    checkpointing is switched off: it calls the blocks of a stage and not the stage, whose hook would not run.
     """
     gates: dict[nn.Module, _Gates] = {}
     maps: dict[str, tuple[Tensor, _Reader]] = {}
@@ -156,7 +157,7 @@ def _watched(
     def keep_map(info: dict[str, Any], module: nn.Module, args: tuple, output: Any) -> None:
         output = output[0] if isinstance(output, (tuple, list)) else output
         if isinstance(output, Tensor) and (read := _reader(output, info, size)):
-            # of two runs the first, which led to the scores
+            # if it runs twice, keep the first output: the scores were computed from it
             maps.setdefault(info['module'], (output, read))
 
     modules = dict(model.named_modules())
@@ -187,7 +188,10 @@ def _choose(stage: int, a_h: np.ndarray, a_w: np.ndarray, channel: int | None, m
 
 
 def _reader(feature: Tensor, info: dict[str, Any], size: Sequence[int]) -> _Reader | None:
-    """Returns what reads a timm feature (NCHW, NHWC, or tokens after a prefix) as a map (C, h, w). None for others."""
+    """Returns a function that turns a timm feature (NCHW, NHWC, or tokens after a prefix) into a map (C, h, w).
+
+    Of a feature in another layout, it returns None.
+    """
     channels, grid = info['num_chs'], [-(-length // info['reduction']) for length in size]
     if feature.ndim == 4 and feature.shape[1] == channels:
         return lambda x: x[0]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # every gate of a graft: a plain model's weights with untrained attention, see models/graft.py
 _GRAFT = 0.25
-# closer gates count as those of an untrained graft
+# gates closer than this to _GRAFT count as untrained
 _MOVED = 0.01
 # the lightness of these colour maps rises evenly, so they work in grey and for the colour-blind
 _GATES, _CAM = 'viridis', 'inferno'
@@ -38,14 +38,14 @@ def in_words(gates: Sequence[Gate]) -> str:
 
 
 def _cut(name: str, length: int) -> str:
-    """Shortens a class name to so many letters. ImageNet's names are lists of synonyms: the last ones go first."""
+    """Shortens a class name to `length` letters at most. ImageNet's names are lists of synonyms: the last go first."""
     while len(name) > length and ', ' in name:
         name = name.rpartition(', ')[0]
     return name if len(name) <= length else f'{name[:length - 1]}…'
 
 
 def _add_strip(ax: 'Axes', inches: float, left: bool = False) -> 'Axes':
-    """Adds axes of this thickness along the lower edge of a panel, or along its left edge."""
+    """Adds axes of a thickness in inches along the lower edge of a panel, or along its left edge."""
     from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
     corner = ax.figure.dpi_scale_trans + ScaledTranslation(0, 0, ax.transAxes)
@@ -132,7 +132,7 @@ def _draw_all_gates(gates: Sequence[Gate], colors: 'ScalarMappable', ax: 'Axes')
 
 
 def draw(seen: Sequence[Observation], titles: Sequence[str], columns: int = 4) -> 'Figure':
-    """Draws observations one below the other, in rows of so many panels.
+    """Draws observations one below the other, in rows of `columns` panels.
 
     All gates share a scale, from 0 to the greatest gate or to 0.5.
     """
@@ -145,7 +145,7 @@ def draw(seen: Sequence[Observation], titles: Sequence[str], columns: int = 4) -
     mosaic: list[list[Callable[[Axes], None]]] = []
     heights: list[float] = []
     for one, title in zip(seen, titles, strict=True):
-        # the end of a path says most
+        # keep the end of a long path
         title = title if len(title) <= 25 * columns else f'…{title[1 - 25 * columns:]}'
         panels: list[Callable[[Axes], None]] = [partial(_draw_picture, one)]
         if one.cam is not None:
@@ -164,7 +164,7 @@ def draw(seen: Sequence[Observation], titles: Sequence[str], columns: int = 4) -
     axes = figure.subplot_mosaic(mosaic, height_ratios=heights)
     for draw_panel, ax in axes.items():
         draw_panel(ax)
-    # the layout stretches the panels to the figure: give it the height where they have the picture's ratio
+    # the layout fills the figure: choose the height at which the panels have the picture's ratio
     layout.execute(figure)
     width, height = axes[mosaic[1][0]].get_window_extent().size / figure.dpi
     figure.set_figheight(figure.get_figheight() + (width - height / heights[1]) * sum(heights))
@@ -235,7 +235,7 @@ def plot_file(
     # a file that is no image is refused before models are downloaded
     opened = Image.open(image)
     for name in models:
-        # of a path, timm would take the last part as the name
+        # timm would take the last part of a path as a model's name
         if Path(name).is_dir() and not is_model(name):
             raise ValueError(f'{name!r} is a folder, not a model name: give local-dir:{name}.')
     made = [create_model(name, pretrained=pretrained or ':' in name) for name in models]

@@ -54,7 +54,7 @@ def measure(name: str) -> Counts:
 
 def write_counts(path: Path) -> None:
     """Writes the costs of the plain models and of ours, one line each."""
-    # counted before the file is opened: the package reads it, also after an interrupt
+    # count before opening the file, which the package reads: an interrupt would leave it incomplete
     rows = [[name, *measure(name)] for name in (*BASES, *(m.base for m in ELSA_MODELS), *MODELS)]
     with path.open('w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file, lineterminator='\n')

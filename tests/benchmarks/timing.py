@@ -85,20 +85,21 @@ def ratio(times: np.ndarray, plain: np.ndarray, most: float = 0.2) -> str:
 
 
 def hardware(device: str = 'cpu') -> str:
-    """Returns the name of the GPU or of the CPU, with CUDA's version or the number of threads."""
+    """Returns the name of the CPU, or of the GPU with CUDA's version."""
     if device != 'cpu':
         return f'{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}'
     # on Linux, `platform` does not know the processor's name
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return f'{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def describe(repeats: int, device: str = 'cpu') -> str:
     """Returns hardware, versions, the command and the number of repeats, in one line."""
+    threads = f', {torch.get_num_threads()} threads' if device == 'cpu' else ''
     return (
-        f'{hardware(device)}; Python {platform.python_version()}, PyTorch '
+        f'{hardware(device)}{threads}; Python {platform.python_version()}, PyTorch '
         f'{torch.__version__}, timm {timm.__version__}, timm_ela {timm_ela.__version__}; {repeats} interleaved '
         f'repeats, medians; `python {shlex.join(sys.argv)}`')
 

@@ -92,13 +92,6 @@ def _fill(model: nn.Module, front_matter: dict[str, Any], **fields: Any) -> str:
     return f'{ModelCard.from_template(data, template_str=CARD, **fields)}\n'
 
 
-def _options(values: dict[str, Any]) -> str:
-    """Returns options for timm's scripts, without their defaults: for in_chans that is 3, whatever the model has."""
-    return ' '.join(
-        f'--{key.replace("_", "-")}' + ('' if value is True else f' {shlex.quote(str(value))}')
-        for key, value in values.items() if value not in (None, False, '') and (key, value) != ('in_chans', 3))
-
-
 def run_card(model: nn.Module, run: TrainRun, dataset: str, base_model: str | None) -> str:
     """Returns the card of a model that a run trained and tested as its cfg says. base_model is its start on the Hub."""
     args, cfg = published_args(run.args), model.pretrained_cfg
@@ -112,14 +105,18 @@ def run_card(model: nn.Module, run: TrainRun, dataset: str, base_model: str | No
     same = ['dataset', 'class_map', 'input_key', 'target_key', 'input_img_mode', 'model_dtype', 'fast_norm', 'amp']
     validate = {key: args.get(key) for key in same} | dict(
         amp_dtype=args.get('amp') and args.get('amp_dtype'), num_samples=args.get('val_num_samples'),
-        in_chans=in_chans, split=split, model=PLACEHOLDER, pretrained=True)
+        in_chans=None if in_chans == 3 else in_chans, split=split, model=PLACEHOLDER, pretrained=True)
+    # defaults are left out
+    options = [
+        f'--{key.replace("_", "-")}' + ('' if value is True else f' {shlex.quote(str(value))}')
+        for key, value in validate.items() if value not in (None, False, '')]
     weights = {True: 'the exponential moving average', False: 'as trained', None: 'not known whether averaged'}
     return _fill(
         model, dict(
             base_model=base_model, model_name=f'{cfg["architecture"]} on {dataset}', eval_results=results or None),
         source=dataset, run=run, args=args, split=split, size=' x '.join(map(str, size)),
         origin='trained with timm\'s `train.py`' + (f' from `{base_model}`' if base_model else ''),
-        weights=weights[run.averaged], validate_options=_options(validate))
+        weights=weights[run.averaged], validate_options=' '.join(options))
 
 
 def converted_card(model: nn.Module, source: str, grafted: bool) -> str:

@@ -47,6 +47,8 @@ def push_run(run_dir: str | Path, repo_id: str, *, private: bool = False, **opti
 
     The other arguments, the result and the errors are those of `push_folder` and `export_run`.
     """
+    # before the export, which takes longer
+    _check_access(repo_id)
     with TemporaryDirectory() as temporary:
         return push_folder(export_run(run_dir, Path(temporary, 'export'), **options), repo_id, private=private)
 
@@ -68,6 +70,8 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = False) -> s
         PermissionError: If there is no token, or the repository is public and should be private.
         RuntimeError: If the Hub refuses the upload or it breaks off. A repository that was created for it stays, empty.
     """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f'There is no folder {folder}.')
     _check_access(repo_id)
     with TemporaryDirectory() as temporary:
         _copy(Path(folder), Path(temporary), repo_id)

@@ -191,6 +191,7 @@ class EnhancedLocalSelfAttention(nn.Module):
             dim: int,
             num_heads: int,
             kernel_size: int = 5,
+            *,
             qkv_bias: bool = False,
             qk_scale: float | None = None,
             attn_drop: float = 0.,

@@ -76,7 +76,7 @@ def p_value(p: float) -> str:
 
 
 def power(lines: pd.DataFrame) -> str:
-    """What a difference must be to count as significant, before any is looked at."""
+    """How large a difference must be to be significant."""
     n, arms = int(lines['count'].max()), int(lines.p.count())
     if not arms:
         return 'There are too few seeds for a test.'
@@ -117,7 +117,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def page(table: pd.DataFrame, name: str) -> str:
-    """The page of a study, from its table. The name is that of the data, a point, and that of the study."""
+    """The page of a study, from its table. `name` is <data>.<study>, such as cifar10.finetune."""
     lines, (data, _, study) = compare(table), name.rpartition('.')
     header = ['attention', 'n', 'top-1 (%)', 'against plain [95 %]', 'p', 'parameters', 'minutes']
     values = {column: ', '.join(map(str, table[column].unique())) for column in table}

@@ -1,7 +1,7 @@
 """`make study`: trains a model with each attention layer by timm's own train.py, fine-tuned or from scratch.
 
 All arms of a seed start from the same weights of the plain model, and see the same images in the same order
-(paired_train.py). Runs what is not done yet, goes on with what was cut off, and writes one row a run to
+(paired_train.py). Runs that are done are skipped, interrupted ones are resumed. Writes one row a run to
 `<data>.<study>.csv`; report.py makes the page.
 """
 import argparse
@@ -61,7 +61,7 @@ class Study(NamedTuple):
 
 
 STUDIES = {
-    # Tried on the plain model, where nothing else is said with 96 px, batch 32 and scale 0.7 to 1:
+    # Top-1 of the plain model on held-out training images; unless noted, 96 px, batch 32, scale 0.7 to 1:
     # 10,000 images, 3 epochs: adamw 1e-3 84.5 %; adamw 3e-3, batch 64 83.2 %; sgd 0.02 82.7 %;
     #   adamw 1e-3, scale 0.4 82.8 %
     # 5,000 images, 2 epochs: adamw 1e-3 79.35 %; 3e-4 75.2 %; batch 16 78.05 %; scale and ratio as below 80.5 %
@@ -71,7 +71,7 @@ STUDIES = {
         'tf_efficientnet_lite0', ('se', 'cbam', 'eca', 'ca', 'gc', 'ela_t', 'ela_b', 'ela_s', 'ela_l'), pretrained=True,
         img_size=96, images=1500, epochs=1, batch_size=32,
         recipe=f'--opt adamw --lr 0.001 --scale 0.9 1.0 --ratio 0.95 1.05 {COMMON}'),
-    # Tried on the plain model with 15,000 images, 4 epochs, scale and ratio as below where nothing else is said:
+    # Top-1 of the plain model on held-out training images; 15,000 images, 4 epochs; unless noted, scale as below:
     # adamw 1e-2 43.7 %; 5e-3 39.6 %; 2e-3 32.2 %; 2e-3, scale 0.7 31.2 %; sgd 0.1, weight decay 5e-4 34.5 %
     'scratch': Study(
         'mobilenetv2_050', ('se', 'ca', 'ela_b', 'ela_b_neutral', 'ela_l'), pretrained=False,
@@ -92,12 +92,12 @@ def model_name(study: Study, arm: str) -> str:
 
 
 def describe(args: argparse.Namespace, study: Study) -> dict[str, object]:
-    """What makes a run what it is, and where it runs."""
+    """The settings, hardware and versions of a run."""
     counts = {f'{part}_images': sum(1 for _ in (args.data / part).glob('*/*')) for part in ('train', 'test')}
     return {
         'img_size': study.img_size, 'epochs': study.epochs, **counts,
         'recipe': f'--batch-size {study.batch_size} {study.recipe}', 'device': args.device,
-        'hardware': hardware(args.device), 'python': platform.python_version(),
+        'hardware': f'{hardware(args.device)}, {os.cpu_count()} cores', 'python': platform.python_version(),
         'torch': torch.__version__, 'timm': timm.__version__, 'timm_ela': timm_ela.__version__,
         'train_py': hashlib.sha256((args.scripts / 'train.py').read_bytes()).hexdigest()[:12],
     }
@@ -121,7 +121,7 @@ def make_start(study: Study, run: Run, num_classes: int) -> dict[str, Tensor]:
 
 
 def prepare(study: Study, run: Run, wanted: dict[str, object], num_classes: int) -> None:
-    """Writes the start of a run. Exits if there is a run that was made otherwise than is wanted."""
+    """Writes the start of a run. Exits if the folder holds a run with other settings."""
     file = run.folder / 'study.json'
     if not file.exists():
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ def measure_speeds(args: argparse.Namespace, study: Study, runs: list[Run], repe
 def read_row(run: Run, num_classes: int) -> dict[str, object]:
     """The row of a run, read from its files."""
     summary = pd.read_csv(run.folder / 'summary.csv')
-    # a run that went on has a second header, and may have two rows of an epoch
+    # after a resume, the file has a second header and may have two rows for one epoch
     by_epoch = summary[summary.epoch != 'epoch'].drop_duplicates('epoch', keep='last').astype(float).round(4)
     last = by_epoch.iloc[-1]
     model = timm.create_model(run.model, num_classes=num_classes, device='meta')
