@@ -49,6 +49,8 @@ def test_an_interval_is_students_of_the_differences_seed_by_seed():
     text = page(TOP1)
     # differences 1, 2, 3: mean 2, standard deviation 1; the 97.5 % point of t with 2 degrees of freedom is 4.303
     assert cells(text, 'ELA-B')[:3] == ['3', '53.00 ± 2.00', f'+2.00 [{2 - 4.303 / 3 ** 0.5:+.2f}, +4.48]']
+    # differences that do not vary have no test
+    assert cells(page({'plain': (50, 51, 52), 'ela_b': (49.9, 50.9, 51.9)}), 'ELA-B')[2:4] == ['', '']
     assert cells(text, 'none') == ['3', '51.00 ± 1.00', '', '', '4,000,000', '41.7']  # 3 * 50,000 / 60 seconds
     text = page({'plain': (9, 9, 9), 'ela_b': TOP1['plain'], 'ela_b_neutral': TOP1['ela_b']})
     assert 'paired by seed: +2.00 points, with an uncorrected 95 % interval of [-0.48, +4.48]' in text

@@ -7,6 +7,7 @@ augmentation. A model with more weights draws more numbers, so it would see othe
 generator again at the start of each epoch, and restarts the loader's workers, which take their seeds from it. Runs with
 the same seed are therefore pairs, even if one was interrupted and resumed.
 """
+import argparse
 import runpy
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ import timm.data
 from timm.utils import random_seed
 
 create_loader = timm.data.create_loader
-seed = int(sys.argv[sys.argv.index('--seed') + 1])
+parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+parser.add_argument('--seed', type=int, required=True)
+seed = parser.parse_known_args()[0].seed
 
 
 def create_paired_loader(dataset, *args, is_training=False, **kwargs):

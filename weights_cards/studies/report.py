@@ -66,6 +66,8 @@ def compare(table: pd.DataFrame, base: str = 'plain') -> pd.DataFrame:
         low, high = test.confidence_interval(1 - LEVEL)
     paired = pd.DataFrame(
         {'difference': differences.mean(), 'low': low, 'high': high, 'p': test.pvalue}, differences.columns)
+    # few images can give all seeds the same difference, which has no spread either
+    paired['p'] = paired.p.where(differences.std() > 1e-9)
     lines = by_seed.agg(['count', 'mean', 'std']).T.join(paired.assign(p=holm(paired.p)))
     minutes = table.train_images * table.epochs / table.train_images_per_second / 60
     return lines.join(table.assign(minutes=minutes).groupby('arm')[['params', 'minutes']].first())
