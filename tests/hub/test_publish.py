@@ -133,17 +133,19 @@ def test_the_accuracy_is_in_the_last_row_of_the_checkpoints_epoch(
     assert load(folder).get_classifier().bias.any() == (checkpoint == 'model_best.pth.tar')
 
 
-@pytest.mark.parametrize('name, args, base, license', [
-    (MODEL, {'pretrained': True}, 'timm/mobilenetv2_050.lamb_in1k', 'apache-2.0'),
+@pytest.mark.parametrize('name, args, base, license, start', [
+    (MODEL, {'pretrained': True}, 'timm/mobilenetv2_050.lamb_in1k', 'apache-2.0', 'timm/mobilenetv2_050.lamb_in1k'),
     ('resnet18_ela_t', {'pretrained': True, 'model': 'resnet18_ela_t.graft_tv_in1k'}, 'timm/resnet18.tv_in1k',
-     'bsd-3-clause'),
-    (MODEL, {'pretrained': False}, None, None),
-    (MODEL, {'pretrained': True, 'initial_checkpoint': '/my/model.safetensors'}, None, None),
+     'bsd-3-clause', 'timm/resnet18.tv_in1k'),
+    (MODEL, {'pretrained': False}, None, None, None),
+    (MODEL, {'pretrained': True, 'pretrained_path': '/my/plain.pth'}, None, None, 'plain.pth'),
+    (MODEL, {'pretrained': True, 'initial_checkpoint': '/my/model.safetensors'}, None, None, 'model.safetensors'),
 ])
 def test_the_base_model_and_its_licence_are_those_of_the_weights_that_the_run_began_with(
-        exported, name, args, base, license):
-    data = card(exported(name, **args)).data
-    assert (data.base_model, data.license) == (base, license)
+        exported, name, args, base, license, start):
+    made = card(exported(name, **args))
+    assert (made.data.base_model, made.data.license) == (base, license)
+    assert f"trained with timm's `train.py`{f' from `{start}`' if start else ''}. Licence" in made.text
 
 
 def test_the_card_is_a_valid_model_card_with_the_accuracy_the_recipe_and_the_versions(new_model, write_run):
@@ -156,7 +158,7 @@ def test_the_card_is_a_valid_model_card_with_the_accuracy_the_recipe_and_the_ver
     assert {(r.dataset_name, r.dataset_split, r.metric_type) for r in data.eval_results} == {
         ('Some Flowers', 'test', 'accuracy')}
     assert 'On the test split, after epoch 1 ' in text and '70.50 %' in text and '64 x 64' in text
-    assert 'Epochs: 8, batch size: 64, optimizer: adamw. [args.yaml](./args.yaml) holds all arguments' in text
+    assert 'Epochs: 8, batch size: 64, optimizer: adamw. [args.yaml](./args.yaml) holds all arguments but' in text
     assert '\ntrain.py --config args.yaml --data-dir DATA\n' in text
     assert f'timm {timm.__version__}, torch {torch.__version__}' in text
     assert '\n\n\n' not in text and '{' not in text.split('```bibtex')[0]
@@ -169,6 +171,7 @@ def test_a_card_of_a_second_stage_has_the_licence_of_the_first(new_model, write_
         run = write_run(new_model(), model=f'local-dir:{first}', pretrained=True, **start)
         second = export_run(run, tmp_path / f'second{license}')
         assert (card(second).data.license, card(second).data.base_model) == (license, None)
+        assert f" from `{start.get('initial_checkpoint', 'local-dir:first').rpartition('/')[2]}`. " in card(second).text
         run.rename(tmp_path / f'run{license}')
 
 

@@ -1,4 +1,5 @@
 """Model cards of what a user trained or converted. weights_cards/make_cards.py writes those of the backbones."""
+import re
 import shlex
 from typing import Any
 
@@ -43,8 +44,8 @@ validate.py --data-dir DATA {{ validate_options }}
 ## Recipe
 
 Epochs: {{ args.epochs }}, batch size: {{ args.batch_size }}, optimizer: {{ args.opt }}. \
-[args.yaml](./args.yaml) holds all arguments, but of files that are not published here only the names. \
-To repeat the run:
+[args.yaml](./args.yaml) holds all arguments but `--resume` and those of the machine. To repeat the run (files that it \
+names must be in the working directory):
 
 ```bash
 train.py --config args.yaml --data-dir DATA
@@ -110,12 +111,15 @@ def run_card(model: nn.Module, run: TrainRun, dataset: str, base_model: str | No
     options = [
         f'--{key.replace("_", "-")}' + ('' if value is True else f' {shlex.quote(str(value))}')
         for key, value in validate.items() if value not in (None, False, '')]
+    # the files that train.py loads last come first
+    files = [args.get('initial_checkpoint'), args.get('pretrained_path'), *re.findall('^local-dir:.*', args['model'])]
+    start = base_model or next(filter(None, files), None)
     weights = {True: 'the exponential moving average', False: 'as trained', None: 'not known whether averaged'}
     return _fill(
         model, dict(
             base_model=base_model, model_name=f'{cfg["architecture"]} on {dataset}', eval_results=results or None),
         source=dataset, run=run, args=args, split=split, size=' x '.join(map(str, size)),
-        origin='trained with timm\'s `train.py`' + (f' from `{base_model}`' if base_model else ''),
+        origin='trained with timm\'s `train.py`' + (f' from `{start}`' if start else ''),
         weights=weights[run.averaged], validate_options=' '.join(options))
 
 
