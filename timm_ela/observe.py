@@ -188,10 +188,7 @@ def _choose(stage: int, a_h: np.ndarray, a_w: np.ndarray, channel: int | None, m
 
 
 def _reader(feature: Tensor, info: dict[str, Any], size: Sequence[int]) -> _Reader | None:
-    """Returns a function that turns a timm feature (NCHW, NHWC, or tokens after a prefix) into a map (C, h, w).
-
-    Of a feature in another layout, it returns None.
-    """
+    """Returns what makes a map (C, h, w) of a timm feature: NCHW, NHWC, or tokens after a prefix. None for others."""
     channels, grid = info['num_chs'], [-(-length // info['reduction']) for length in size]
     if feature.ndim == 4 and feature.shape[1] == channels:
         return lambda x: x[0]
