@@ -128,14 +128,13 @@ def test_a_timm_that_does_not_fit_is_imported_with_one_line_about_it_and_another
     assert "partially initialized module 'timm.layers'" not in line  # too early: timm had not finished
 
 
-def test_a_family_that_fails_does_not_take_the_others_with_it_and_the_cause_is_named(forks):
-    done = forks('''
-        import timm
-        del timm.models.efficientnet.efficientnet_init_weights
-        import timm_ela
-        print(*timm.list_models("*_ela_*"))
-    ''', hook=False)
+@pytest.mark.parametrize('spoil, told', [
+    ('del timm.models.efficientnet.efficientnet_init_weights', 'ImportError: cannot import name '),
+    ('import sys; sys.modules["timm_ela.models.attn_efficientnet"] = None', 'ModuleNotFoundError: import of timm_ela.'),
+], ids=['timm', 'package'])
+def test_a_family_that_fails_does_not_take_the_others_with_it_and_the_cause_is_named(forks, spoil, told):
+    code = f'import timm; {spoil}; import timm_ela; print(*timm.list_models("*_ela_*"))'
+    done = forks(code, hook=False)
     assert done.stdout.split() == timm.list_models('*_ela_*', module='attn_resnet')
     (line,) = done.stderr.splitlines()
-    assert line.startswith(
-        f'With timm {timm.__version__}, timm_ela did not register attn_efficientnet: ImportError: cannot import name ')
+    assert line.startswith(f'With timm {timm.__version__}, timm_ela did not register attn_efficientnet: {told}')

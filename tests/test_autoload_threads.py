@@ -3,6 +3,7 @@
 A claim is made of a fresh interpreter where threads import torch too, and else of a fork of one that has (`forks`).
 """
 import pytest
+import timm
 from helpers import run_python
 
 from timm_ela.models.registry import MODELS
@@ -123,4 +124,4 @@ def test_a_family_that_failed_is_registered_when_it_is_tried_again(forks):
     before, after = map(int, done.stdout.split())
     assert 0 < before < after == NUMBER
     (line,) = done.stderr.splitlines()
-    assert line.endswith('timm_ela did not register attn_efficientnet: ImportError: once.')
+    assert line == f'With timm {timm.__version__}, timm_ela did not register attn_efficientnet: ImportError: once.'

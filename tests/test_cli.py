@@ -45,6 +45,7 @@ def fails(capsys) -> Callable[..., str]:
     ('resnet50_ela_b.graft_a1_in1k', 'resnet50_ela_b.graft_a1_in1k'),
     # timm's name of MobileNetV2 at width 1
     ('mobilenetv2_100_ela_*.graft_ra_in1k', 'mobilenetv2_ela_*.graft_ra_in1k'),
+    ('mobilenetv2_100?ela_b', 'mobilenetv2_ela_b'),
 ])
 def test_list_tells_the_names_that_the_filter_finds_with_their_counts_and_tags(capsys, pattern, names):
     cli.main(['list', pattern, '--json'])
@@ -224,7 +225,7 @@ def test_options_of_an_export_are_refused_for_a_folder_that_is_exported(fails, t
 
 
 @pytest.mark.parametrize('words, told', [
-    (['list', '--jsn'], '--jsn'), (['list', 'vgg'], "'vgg': `timm-ela list`"),
+    (['list', '--jsn'], '--jsn'), (['list', 'vgg*'], "'vgg*': `timm-ela list`"), (['list', 'vgg'], 'is a wildcard'),
     (['push', 'nothere', 'me/x'], 'There is no folder nothere'), (['run', 'no.py', '-x'], 'no.py'),
     (['plot', 'no.png', '--model', 'x'], 'no.png'),
     (['export', 'nothere', 'out'], 'There is no nothere/args.yaml'),
@@ -243,11 +244,14 @@ def test_debug_gives_the_traceback(words):
 
 # What is printed
 def test_the_call_that_convert_and_export_print_loads_the_folder(capsys, train_run, tmp_path):
-    torch.save(timm.create_model(PLAIN, num_classes=4).state_dict(), tmp_path / 'c.pth')
+    plain = timm.create_model(PLAIN, num_classes=4)
+    torch.save(plain.state_dict(), tmp_path / 'c.pth')
     cli.main(['export', str(train_run), str(tmp_path / "it's mine")])
     cli.main(['convert', str(tmp_path / 'c.pth'), '--model', MODEL, str(tmp_path / 'out of "two" words')])
     calls = [line.partition('Load it with: ')[2] for line in capsys.readouterr().out.splitlines()]
-    assert [eval(call, {'timm': timm}).num_classes for call in calls] == [3, 4]
+    exported, converted = (eval(call, {'timm': timm}) for call in calls)
+    assert (exported.num_classes, converted.num_classes) == (3, 4)
+    assert torch.equal(converted.conv_stem.weight, plain.conv_stem.weight)
 
 
 def test_a_name_that_cannot_be_printed_is_no_error(train_run, tmp_path, monkeypatch):

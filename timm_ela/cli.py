@@ -18,12 +18,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _list(args: argparse.Namespace) -> None:
-    from timm.models import get_arch_pretrained_cfgs, list_models
+    from fnmatch import fnmatch
+
+    from timm.models import get_arch_pretrained_cfgs, get_deprecated_models, list_models, split_model_name_tag
 
     from .models.registry import MODELS, read_counts
 
-    # timm does not list mobilenetv2_100_ela_b and the like, which are other names to it
-    found = set(list_models(args.filter.replace('mobilenetv2_100_', 'mobilenetv2_'), include_tags=True))
+    arch, tag = split_model_name_tag(args.filter, '*')
+    # other names of the models, such as mobilenetv2_100_ela_b, are deprecated names to timm
+    others = [
+        f'{name}.{tag}' for other, name in get_deprecated_models().items() if name in MODELS and fnmatch(other, arch)]
+    found = set(list_models([args.filter, *others], include_tags=True))
     rows = []
     for model in MODELS.values():
         cfgs = [cfg for name, cfg in get_arch_pretrained_cfgs(model.name).items() if name in found]

@@ -139,6 +139,8 @@ def test_the_accuracy_is_in_the_last_row_of_the_checkpoints_epoch(
      'bsd-3-clause', 'timm/resnet18.tv_in1k'),
     (MODEL, {'pretrained': False}, None, None, None),
     (MODEL, {'pretrained': True, 'pretrained_path': '/my/plain.pth'}, None, None, 'plain.pth'),
+    # train.py does not read it
+    (MODEL, {'pretrained': False, 'pretrained_path': '/my/plain.pth'}, None, None, None),
     (MODEL, {'pretrained': True, 'initial_checkpoint': '/my/model.safetensors'}, None, None, 'model.safetensors'),
 ])
 def test_the_base_model_and_its_licence_are_those_of_the_weights_that_the_run_began_with(

@@ -150,8 +150,7 @@ def test_zero_init_attn_trains_from_what_the_plain_model_computes(name, image):
 
 def test_zero_init_attn_leaves_trained_weights():
     weights = {'state_dict': timm.create_model('resnet18_ela_b').state_dict()}
-    model = timm.create_model(
-        'resnet18_ela_b', zero_init_attn=True, pretrained=True, pretrained_cfg_overlay=weights)
+    model = timm.create_model('resnet18_ela_b', zero_init_attn=True, pretrained=True, pretrained_cfg_overlay=weights)
     assert torch.equal(model.layer1[0].se.gn.weight, weights['state_dict']['layer1.0.se.gn.weight'])
 
 

@@ -1,5 +1,4 @@
 """Model cards of what a user trained or converted. weights_cards/make_cards.py writes those of the backbones."""
-import re
 import shlex
 from typing import Any
 
@@ -111,9 +110,9 @@ def run_card(model: nn.Module, run: TrainRun, dataset: str, base_model: str | No
     options = [
         f'--{key.replace("_", "-")}' + ('' if value is True else f' {shlex.quote(str(value))}')
         for key, value in validate.items() if value not in (None, False, '')]
-    # the files that train.py loads last come first
-    files = [args.get('initial_checkpoint'), args.get('pretrained_path'), *re.findall('^local-dir:.*', args['model'])]
-    start = base_model or next(filter(None, files), None)
+    start = base_model or args.get('initial_checkpoint')
+    if not start and args.get('pretrained'):
+        start = args.get('pretrained_path') or (args['model'] if args['model'].startswith('local-dir:') else None)
     weights = {True: 'the exponential moving average', False: 'as trained', None: 'not known whether averaged'}
     return _fill(
         model, dict(
