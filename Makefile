@@ -15,7 +15,8 @@ ifneq ($(CLONED),)
 export TIMM_SCRIPTS ?= $(abspath $(CLONED))
 endif
 
-.PHONY: help demo test lint types ecosystem compat compat-lowest conformance cards study study-smoke study-gates bench
+.PHONY: help demo test lint types ecosystem programs runtimes compat compat-lowest conformance
+.PHONY: cards study study-smoke study-gates bench
 
 help:
 	@sed -n 's/^## /make /p' Makefile
@@ -39,10 +40,14 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 ## ecosystem      run the snippets of tests/ecosystem/README.md with the real libraries, in two environments
-# The snippets of tests/ecosystem/README.md, with the real libraries. The libraries for phones need an
-# environment of their own: they need other versions of what both depend on.
-ecosystem: $(ECOSYSTEM)/.installed $(EDGE)/.installed
+ecosystem: programs runtimes
+
+## programs       run those of programs that train or use models: fastai, Ultralytics, Transformers and others
+programs: $(ECOSYSTEM)/.installed
 	$(ECOSYSTEM)/bin/python -m pytest -n 2 tests/ecosystem --ignore tests/ecosystem/test_deployment.py
+
+## runtimes       run those of runtimes, which need other versions of what both depend on
+runtimes: $(EDGE)/.installed
 	$(EDGE)/bin/python -m pytest -n 2 tests/ecosystem/test_deployment.py
 
 ## compat         run a part of the tests with the lowest and the highest versions that the metadata admits, and transformers 4
