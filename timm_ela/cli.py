@@ -75,17 +75,19 @@ def _given_options(args: argparse.Namespace) -> dict[str, Any]:
 def _convert(args: argparse.Namespace) -> None:
     from .hub.publish import convert_checkpoint
 
-    _print_written(convert_checkpoint(args.source, args.model, args.out_dir, force=args.force, **_given_options(args)))
+    out = convert_checkpoint(args.source, args.model, args.out_dir, force=args.force, **_given_options(args))
+    _print_written(out, f'local-dir:{out}')
 
 
 def _export(args: argparse.Namespace) -> None:
     from .hub.publish import export_run
 
-    _print_written(export_run(args.run_dir, args.out_dir, force=args.force, **_given_options(args)))
+    out = export_run(args.run_dir, args.out_dir, force=args.force, **_given_options(args))
+    _print_written(out, f'local-dir:{out}')
 
 
-def _print_written(out_dir: Path) -> None:
-    print(f'Wrote {out_dir}. Load it with: timm.create_model({f"local-dir:{out_dir}"!r}, pretrained=True)')
+def _print_written(place: str | Path, source: str) -> None:
+    print(f'Wrote {place}. Load it with: timm.create_model({source!r}, pretrained=True)')
 
 
 def _push(args: argparse.Namespace) -> None:
@@ -93,12 +95,13 @@ def _push(args: argparse.Namespace) -> None:
 
     options = _given_options(args)
     if is_run(args.folder):
-        print(push_run(args.folder, args.repo_id, private=args.private, **options))
+        commit = push_run(args.folder, args.repo_id, private=args.private, **options)
     elif options:
         names = ', '.join('--no-ema' if name == 'ema' else f'--{name.replace("_", "-")}' for name in options)
         raise ValueError(f'{args.folder} is not a train.py run, so {names} cannot be set: use them with export.')
     else:
-        print(push_folder(args.folder, args.repo_id, private=args.private))
+        commit = push_folder(args.folder, args.repo_id, private=args.private)
+    _print_written(commit, f'hf-hub:{args.repo_id}')
 
 
 def _plot(args: argparse.Namespace) -> None:

@@ -61,13 +61,14 @@ def pull(name: str) -> torch.nn.Module:
 # Push and pull
 def test_three_files_are_pushed_in_one_commit_and_what_is_pulled_is_what_was_pushed(hub, push, folder):
     assert (folder / 'pytorch_model.bin').exists()
-    assert f'{hub.url}/owner/model' in push(folder)
+    printed = push(folder)
     repo = hub.repos['owner/model']
     assert repo.files.keys() == {'README.md', 'config.json', 'model.safetensors'} and repo.commits == 1
     assert repo.files['README.md'].endswith(b'It is hf-hub:owner/model.\n')
     pushed = timm.create_model(MODEL, num_classes=7)
     pushed.load_state_dict(load_file(folder / 'model.safetensors'))
-    pulled = pull('hf-hub:owner/model')
+    assert printed.startswith(f'Wrote {hub.url}/owner/model/commit/{repo.sha}. ')
+    pulled = eval(printed.partition('Load it with: ')[2], {'timm': timm})
     assert have_equal_weights(pushed, pulled) and give_equal_logits(pushed, pulled)
 
 
