@@ -16,6 +16,7 @@ SHAPES = {
     'narrow_than_kernel': (2, 32, 9, 2),
     'one_row': (2, 64, 1, 8),
     'batch_one': (1, 32, 5, 8),
+    'square': (3, 32, 5, 5),
     'mobilenetv2_width': (1, 144, 4, 7),  # 32 groups do not divide it
 }
 
@@ -35,11 +36,12 @@ def test_output_and_every_gradient_are_the_authors(make, authors, variant, shape
             *torch.autograd.grad([a.square().sum() for a in gates], inputs)]
 
     expected = compute(authors(m))
-    for got, want in zip(compute(m), expected, strict=True):
-        assert want.abs().max() > 1e-3  # a gradient that vanishes would compare equal to anything that vanishes
-        torch.testing.assert_close(got, want, **close)
-    with torch.no_grad():
-        torch.testing.assert_close(m(x), expected[0], **close)  # another path: the second product is in place
+    for training in (True, False):
+        for got, want in zip(compute(m.train(training)), expected, strict=True):
+            assert want.abs().max() > 1e-3  # a gradient that vanishes would compare equal to anything that vanishes
+            torch.testing.assert_close(got, want, **close)
+        with torch.no_grad():
+            torch.testing.assert_close(m(x), expected[0], **close)  # another path: the second product is in place
 
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}

@@ -81,7 +81,8 @@ def test_it_computes_with_its_parts_as_they_are_called(changed, memory_format):
             for p in changed.parameters():
                 p.mul_(2)
             changed.eval()
-            torch.testing.assert_close(changed(x), formula(changed, x))
+            for either in (x, x[..., :6]):  # the second is square
+                torch.testing.assert_close(changed(either), formula(changed, either))
 
 
 @pytest.mark.parametrize('way', [WAYS['compiled'], WAYS['traced'], WAYS['symbolically_traced'], exported])
@@ -102,10 +103,14 @@ def test_it_can_be_scripted_with_them(name, make):
 
 @pytest.mark.parametrize('part', ['conv', 'gn'])
 def test_hooks_on_its_parts_see_both_strips_and_may_change_them(part):
-    m, x, lengths = EfficientLocalAttention(32), torch.randn(2, 32, 6, 9), []
-    m.get_submodule(part).register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[2]))
+    m, x, seen = EfficientLocalAttention(32), torch.randn(2, 32, 6, 9), []
+    m.get_submodule(part).register_forward_pre_hook(lambda _, inputs: seen.append([*inputs[0].shape]))
     m(x)
-    assert lengths == [6, 9]
+    m.eval()(x)
+    # square: both are one batch, but not in training, where a part may depend on the whole batch
+    m(x[..., :6])
+    m.train()(x[..., :6])
+    assert seen == [*2 * [[2, 32, 6], [2, 32, 9]], [4, 32, 6], [2, 32, 6], [2, 32, 6]]
     m.get_submodule(part).register_forward_hook(lambda _, inputs, output: torch.zeros_like(output))
     torch.testing.assert_close(m(x), x / 4)  # sigmoid(0) twice: GroupNorm of zeros is its shift, zero
 

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from .tracing import is_fixed_size_export, is_in_transform, is_onnx_export, is_tracing, needs_backward, runs_on_cpu
+from .tracing import (
+    have_same_size,
+    is_fixed_size_export,
+    is_in_transform,
+    is_onnx_export,
+    is_tracing,
+    needs_backward,
+    runs_on_cpu,
+)
 
 VARIANTS: dict[str, dict[str, int]] = {
     't': dict(kernel_size=5, group_size=1, num_groups=32),
@@ -29,8 +37,11 @@ class EfficientLocalAttention(nn.Module):
 
     Both means (strips) share one bias-free Conv1d and one affine GroupNorm, as in the authors' code; the weights of
     their modules load unchanged. Where the published number of GroupNorm groups does not divide C (32 for ELA-T, C =
-    144), the module uses `gcd(num_groups, C)`. `conv` and `gn` are called on (N, C, L): hook, wrap or replace them.
-    timm's `attn_layer='ela'` is another module: a convolution and a one-group GroupNorm for each strip, and a SiLU.
+    144), the module uses `gcd(num_groups, C)`. timm's `attn_layer='ela'` is another module: a convolution and a
+    one-group GroupNorm for each strip, and a SiLU.
+
+    Hook, wrap or replace `conv` and `gn`. They are called on (N, C, H) and then on (N, C, W), but in eval mode, for a
+    square map, once on both as one batch (2N, C, H).
 
     With `inplace=True` the output overwrites the input, as in timm's activations, and a kept reference to the input
     then shows the output. This happens only in eval and eager mode, without gradients, without hooks or a replaced
@@ -88,13 +99,24 @@ class EfficientLocalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gates x (N, C, H, W), and returns the same shape, dtype and memory format."""
-        z_h, z_w = strips(x)
+        logits_h, logits_w = self._logits(x)
         inplace = not torch.jit.is_scripting() and self._may_write_into(x)
-        return gate(x, self.gn(self.conv(z_h)), self.gn(self.conv(z_w)), inplace)
+        return gate(x, logits_h, logits_w, inplace)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the two gates of x: a_h (N, C, H) and a_w (N, C, W), values in (0, 1), in x's dtype."""
-        return sigmoid_gates(x, *(self.gn(self.conv(z)) for z in strips(x)))
+        return sigmoid_gates(x, *self._logits(x))
+
+    def _logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns what the sigmoids of the gates take: (N, C, H) and (N, C, W)."""
+        z_h, z_w = strips(x)
+        if torch.jit.is_scripting() or self.training or not have_same_size(z_h, z_w):
+            return self.gn(self.conv(z_h)), self.gn(self.conv(z_w))
+        else:
+            # Both are one batch: for a single image, the calls take most of the time. Not in training, where a part
+            # that a user put in, such as a batch norm, may depend on the whole batch.
+            logits_h, logits_w = self.gn(self.conv(torch.cat((z_h, z_w)))).chunk(2)
+            return logits_h, logits_w
 
     @torch.jit.unused
     def _may_write_into(self, x: Tensor) -> bool:

@@ -41,6 +41,12 @@ def is_onnx_export() -> bool:
 
 
 @torch.jit.unused
+def have_same_size(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True in eager mode and in torch.compile for equal sizes. False in other graphs, which may run on other sizes."""
+    return isinstance(a, torch.Tensor) and not (is_exporting() or torch.jit.is_tracing()) and a.shape == b.shape
+
+
+@torch.jit.unused
 def needs_backward(tensors: list[torch.Tensor]) -> bool:
     """True if a backward pass may follow what eager mode computes from these tensors."""
     return (not is_tracing() and not is_in_transform()
